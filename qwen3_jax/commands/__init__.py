@@ -1,0 +1,1 @@
+"""One thin file a command: docstring (its help), `add_arguments(parser)`, `main(args)`."""
