@@ -103,7 +103,8 @@ def describe_error(error):
   if isinstance(error, OSError) and error.strerror:
     text = ': '.join(str(part) for part in (error.strerror, error.filename) if part)
   frames = traceback.extract_tb(error.__traceback__)
-  foreign = frames and not Path(frames[-1].filename).resolve().is_relative_to(PACKAGE.parent)
+  homes = (PACKAGE, PACKAGE.parent / 'configs')
+  foreign = frames and not any(map(Path(frames[-1].filename).is_relative_to, homes))
   hint = ' (--traceback shows where)' if foreign and not isinstance(error, OSError) else ''
   return f'error: {text or type(error).__name__}{hint}'
 
