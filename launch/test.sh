@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sets up a virtual environment, then runs the linter and the tests.
+#
+#   bash launch/test.sh [PYTEST ARGUMENTS]     e.g. -m slow, -k tokenizer, tests/model
+#
+# Without arguments every test runs that is not marked slow. Paths are relative to the repository.
+#   QWEN3_JAX_VENV   folder of the virtual environment (default: .venv in the repository)
+#   PYTHON           interpreter to make it with (default: a Python >= 3.11 on PATH)
+set -euo pipefail
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+case "${1:-}" in
+  -h | --help)
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+esac
+
+# shellcheck source=launch/venv.sh
+source "$repo/launch/venv.sh"
+prepare_venv dev,tpu
+cd "$repo"
+echo '== ruff check'
+"$venv/bin/python" -m ruff check -q .
+echo "== pytest $*"
+exec "$venv/bin/python" -m pytest "$@"
