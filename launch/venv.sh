@@ -12,7 +12,7 @@ is_supported() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# Prints an interpreter of Python 3.11 or later. A name on PATH may be a shim that cannot run, so each is tried.
+# Prints an interpreter of Python 3.11 or later, each tried: a name on PATH may be a shim that cannot run.
 find_python() {
   local name
   if [ -n "${PYTHON:-}" ]; then
@@ -50,10 +50,12 @@ make_venv() {
 }
 
 prepare_venv() {
-  local extras=$1 wanted='' version stamp hash requirement=jax
+  local extras=$1 python wanted='' version stamp hash requirement=jax
   venv=${QWEN3_JAX_VENV:-$repo/.venv}
+  [[ $venv = /* ]] || venv=$PWD/$venv
   if [ -n "${PYTHON:-}" ]; then
-    wanted=$(minor_version "$(find_python)")
+    python=$(find_python)
+    wanted=$(minor_version "$python")
   fi
   if ! is_usable "$venv" "$wanted"; then
     if [ -e "$venv" ] && [ -n "$(ls -A "$venv")" ] && [ ! -e "$venv/.made-by-qwen3_jax" ] &&
@@ -76,7 +78,7 @@ prepare_venv() {
     return
   fi
   echo "== installing qwen3_jax${extras:+[$extras]} and $requirement into $venv (a minute or two)"
-  local install=("$venv/bin/python" -m pip install -q --disable-pip-version-check -e "$repo${extras:+[$extras]}" "$requirement")
+  local install=("$venv/bin/python" -m pip install -qq --disable-pip-version-check -e "$repo${extras:+[$extras]}" "$requirement")
   if ! "${install[@]}"; then
     echo '== that failed; trying once more'
     "${install[@]}" || fail 'pip could not install the packages; its messages are above'
