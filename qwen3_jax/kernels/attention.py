@@ -1,0 +1,145 @@
+"""Attention in blocks: no array of both full lengths on any backend, forward or backward.
+
+Online softmax over key blocks (Milakov & Gimelshein 2018; Dao et al. 2022), recomputed in the
+backward pass from the log-sum-exp. One scan visits the (query block, key block) pairs on or below
+the diagonal, so causal work is half of the square's. Meaning: `reference.attention`.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MASKED = -1e30  # finite, so that a wholly masked row gives 0 / 0-guarded zeros and not NaN
+
+
+def attention(q_BTNH, k_BSKH, v_BSKH, segment_BT, segment_BS, start=0, block=512):
+  """Causal grouped-query attention within segments; see `reference.attention`.
+
+  `start` is the slot of the first query (0 in training; the cache's length in generation, where no
+  gradient is needed). Lengths need not be multiples of `block`.
+  """
+  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  if isinstance(start, int) and start == 0 and T == S:
+    return _causal(q_BTNH, k_BSKH, v_BSKH, segment_BT, min(block, T))
+  return _forward(q_BTNH, k_BSKH, v_BSKH, segment_BT, segment_BS, start, min(block, T), min(block, S))[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _causal(q, k, v, segment, block):
+  return _forward(q, k, v, segment, segment, 0, block, block)[0]
+
+
+def _causal_forward(q, k, v, segment, block):
+  o, lse = _forward(q, k, v, segment, segment, 0, block, block)
+  return o, (q, k, v, segment, o, lse)
+
+
+def _pairs(n_q, n_k, causal):
+  return np.array([(i, j) for i in range(n_q) for j in range(n_k) if not causal or j <= i], np.int32)
+
+
+def _pad(x, block):
+  return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _query_blocks(x_BTNH, K, block):
+  """(blocks, B, K, G * block, H): the G query heads of a kv head are rows of one matrix."""
+  B, T, N, H = x_BTNH.shape
+  x = x_BTNH.reshape(B, T // block, block, K, N // K, H)
+  return x.transpose(1, 0, 3, 4, 2, 5).reshape(T // block, B, K, N // K * block, H)
+
+
+def _from_query_blocks(x, N, T):
+  n, B, K, rows, H = x.shape
+  G = N // K
+  x = x.reshape(n, B, K, G, rows // G, H).transpose(1, 0, 4, 2, 3, 5)
+  return x.reshape(B, n * rows // G, N, H)[:, :T]
+
+
+def _key_blocks(x_BSKH, block):
+  B, S, K, H = x_BSKH.shape
+  return x_BSKH.reshape(B, S // block, block, K, H).transpose(1, 0, 3, 2, 4)
+
+
+def _segment_blocks(segment_BT, block, repeat=1):
+  B, T = segment_BT.shape
+  return jnp.tile(segment_BT.reshape(B, T // block, block).swapaxes(0, 1), (1, 1, repeat))
+
+
+def _seen(i, j, q_segment, k_segment, start, block_q, block_k):
+  """(B, 1, rows, block_k): which keys of block j the rows of query block i may see."""
+  rows = q_segment.shape[-1]
+  q_slot = start + i * block_q + jnp.arange(rows) % block_q
+  k_slot = j * block_k + jnp.arange(block_k)
+  same = (q_segment[:, :, None] == k_segment[:, None]) & (q_segment[:, :, None] > 0)
+  return (same & (k_slot <= q_slot[:, None]))[:, None]
+
+
+def _scores(q, k, seen):
+  s = jnp.einsum('BKRH,BKSH->BKRS', q, k, preferred_element_type=jnp.float32)
+  return jnp.where(seen, s * q.shape[-1] ** -0.5, MASKED)
+
+
+def _forward(q, k, v, q_segment, k_segment, start, block_q, block_k):
+  """Output (B, T, N, H) and log-sum-exp (blocks, B, K, rows) of attention with running maxima."""
+  T, N, H, K = *q.shape[1:], k.shape[2]
+  dtype = q.dtype
+  causal = isinstance(start, int) and start == 0 and T == k.shape[1]
+  q, q_segment = _query_blocks(_pad(q, block_q), K, block_q), _pad(q_segment, block_q)
+  k, v, k_segment = (_pad(x, block_k) for x in (k, v, k_segment))
+  k, v = _key_blocks(k, block_k), _key_blocks(v, block_k)
+  q_segment = _segment_blocks(q_segment, block_q, N // K)
+  k_segment = _segment_blocks(k_segment, block_k)
+
+  def visit(carry, pair):
+    o, m, l = carry
+    i, j = pair
+    s = _scores(q[i], k[j], _seen(i, j, q_segment[i], k_segment[j], start, block_q, block_k))
+    m_new = jnp.maximum(m[i], s.max(-1))
+    p = jnp.where(s > MASKED, jnp.exp(s - m_new[..., None]), 0)
+    keep = jnp.exp(m[i] - m_new)
+    pv = jnp.einsum('BKRS,BKSH->BKRH', p.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+    return (o.at[i].set(o[i] * keep[..., None] + pv), m.at[i].set(m_new),
+            l.at[i].set(l[i] * keep + p.sum(-1))), None
+
+  o, m, l = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1])
+  (o, m, l), _ = jax.lax.scan(visit, (o, m, l), _pairs(len(q), len(k), causal))
+  o = o / jnp.where(l > 0, l, 1)[..., None]
+  lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1)), 0)
+  return _from_query_blocks(o.astype(dtype), N, T), lse
+
+
+def _causal_backward(block, saved, do):
+  q, k, v, segment, o, lse = saved
+  T, N, K = q.shape[1], q.shape[2], k.shape[2]
+  delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
+  q, do, delta = (_query_blocks(_pad(x, block), K, block) for x in (q, do, delta))
+  k, v = (_key_blocks(_pad(x, block), block) for x in (k, v))
+  segment = _pad(segment, block)
+  q_segment, k_segment = _segment_blocks(segment, block, N // K), _segment_blocks(segment, block)
+  scale = q.shape[-1] ** -0.5
+
+  def visit(carry, pair):
+    dq, dk, dv = carry
+    i, j = pair
+    seen = _seen(i, j, q_segment[i], k_segment[j], 0, block, block)
+    s = _scores(q[i], k[j], seen)
+    p = jnp.where(seen, jnp.exp(s - lse[i][..., None]), 0)
+    dp = jnp.einsum('BKRH,BKSH->BKRS', do[i], v[j], preferred_element_type=jnp.float32)
+    ds = (p * (dp - delta[i]) * scale).astype(q.dtype)
+    add = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    return (dq.at[i].add(add('BKRS,BKSH->BKRH', ds, k[j])),
+            dk.at[j].add(add('BKRS,BKRH->BKSH', ds, q[i])),
+            dv.at[j].add(add('BKRS,BKRH->BKSH', p.astype(do.dtype), do[i]))), None
+
+  zero = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
+  (dq, dk, dv), _ = jax.lax.scan(visit, tuple(zero), _pairs(len(q), len(k), True))
+  def keys(x):
+    n, B, K, block, H = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(B, n * block, K, H)[:, :T]
+  return (_from_query_blocks(dq.astype(q.dtype), N, T), keys(dk.astype(k.dtype)),
+          keys(dv.astype(v.dtype)), None)
+
+
+_causal.defvjp(_causal_forward, _causal_backward)

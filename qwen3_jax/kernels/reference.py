@@ -1,0 +1,36 @@
+"""The plain meaning of every kernel: short, whole-array jnp that the fast paths are tested against."""
+import jax
+import jax.numpy as jnp
+
+
+def attention(q_BTNH, k_BSKH, v_BSKH, segment_BT, segment_BS, start=0):
+  """Causal grouped-query attention within segments; (B, T, N, H).
+
+  Query t sits in slot `start` + t and sees the slots up to its own that carry its segment number.
+  Segment 0 is padding: such a query sees nothing and its output is 0. Scale H^-1/2, softmax float32.
+  """
+  B, T, N, H = q_BTNH.shape
+  S, K = k_BSKH.shape[1:3]
+  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
+  s_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH.astype(jnp.float32)) * H ** -0.5
+  causal_TS = jnp.arange(S) <= start + jnp.arange(T)[:, None]
+  seen_BTS = causal_TS & (segment_BT[:, :, None] == segment_BS[:, None]) & (segment_BT[:, :, None] > 0)
+  s_BKGTS = jnp.where(seen_BTS[:, None, None], s_BKGTS, -jnp.inf)
+  p_BKGTS = jnp.nan_to_num(jax.nn.softmax(s_BKGTS, axis=-1))
+  o_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', p_BKGTS, v_BSKH.astype(jnp.float32))
+  return o_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def cross_entropy(hidden_BTD, head_VD, target_BT, weight_BT):
+  """sum over tokens of weight * -log softmax(head hidden)[target], float32 scalar."""
+  logits_BTV = jnp.einsum('BTD,VD->BTV', hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+  logp_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+  return -jnp.sum(weight_BT * jnp.take_along_axis(logp_BTV, target_BT[..., None], -1)[..., 0])
+
+
+def experts(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):
+  """sum over the chosen experts of gate * SwiGLU expert(x), (M, D): every expert on every token."""
+  h_MEF = jax.nn.silu(jnp.einsum('MD,EDF->MEF', x_MD, gate_EDF))
+  y_MED = jnp.einsum('MEF,EFD->MED', h_MEF * jnp.einsum('MD,EDF->MEF', x_MD, up_EDF), down_EFD)
+  y_MXD = jnp.take_along_axis(y_MED, chosen_MX[..., None], axis=1)
+  return jnp.sum(gate_MX[..., None] * y_MXD, axis=1)

@@ -1,0 +1,86 @@
+"""The alphabet: the letters that end an array's name are its shape, its einsum and its sharding.
+
+| letter | meaning | | letter | meaning |
+|---|---|---|---|---|
+| B | batch (rows) | | F | mlp or expert width |
+| T | query time | | V | vocabulary |
+| S | key time | | E | experts |
+| D | model width | | X | chosen experts per token |
+| N | query heads | | M | flattened tokens |
+| K | kv heads | | R | samples per prompt |
+| H | head width | | G | query heads per kv head |
+
+`q_BTNH` is an array over (B, T, N, H). The stacked-layers axis leads and is never in a name.
+"""
+import math
+import re
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+AXES = ('data', 'fsdp', 'context', 'tensor')
+
+RULES = dict(B=('data', 'fsdp'), M=('data', 'fsdp'), R=('data', 'fsdp'), T=('context',), D=('fsdp',), N=('tensor',),
+             K=('tensor',), F=('tensor',), V=('tensor',), E=('fsdp',))
+
+
+def make_mesh(shape=None, devices=None):
+  """A mesh over all devices; `shape` maps axis names to sizes, the missing rest goes to `fsdp`.
+
+  Raises ValueError for an unknown axis or sizes whose product is not the number of devices.
+  """
+  shape = dict(shape or {})
+  devices = devices if devices is not None else jax.devices()
+  unknown = set(shape) - set(AXES)
+  if unknown:
+    raise ValueError(f'mesh axes {sorted(unknown)} do not exist; want some of {AXES}')
+  given = math.prod(shape.values())
+  if 'fsdp' not in shape:
+    shape['fsdp'] = max(1, len(devices) // given)
+  sizes = tuple(shape.get(axis, 1) for axis in AXES)
+  if math.prod(sizes) != len(devices):
+    raise ValueError(f'mesh {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, there are {len(devices)}; '
+                     'change the sizes in config.mesh (fsdp, when left out, takes what remains)')
+  return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def letters(name):
+  """The shape letters of an array's name: 'gate_EDF' -> 'EDF'; '' where there are none."""
+  match = re.search(r'_([A-Z]+)$', name)
+  return match.group(1) if match else ''
+
+
+def partition(names, shape, mesh, rules=None):
+  """PartitionSpec of an array whose last axes are `names` (letters) and whose sizes are `shape`.
+
+  Each mesh axis is used once, by the first letter that claims it; an axis that does not divide its
+  dimension is dropped, so that small models run on any mesh. Axes before the letters stay whole.
+  """
+  rules = RULES if rules is None else rules
+  used, spec = set(), [None] * (len(shape) - len(names))
+  for letter, size in zip(names, shape[len(shape) - len(names):]):
+    chosen = []
+    for axis in rules.get(letter, ()):
+      ways = math.prod(mesh.shape[a] for a in chosen) * mesh.shape.get(axis, 1)
+      if axis not in used and axis in mesh.shape and size % ways == 0:
+        chosen.append(axis)
+    used.update(chosen)
+    spec.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
+  return PartitionSpec(*spec)
+
+
+def shardings(tree, mesh, rules=None):
+  """NamedShardings of a pytree of arrays, by the last name with letters on each leaf's path."""
+  def one(path, leaf):
+    names = [letters(str(getattr(key, 'name', getattr(key, 'key', '')))) for key in path]
+    names = next((n for n in reversed(names) if n), '')
+    return NamedSharding(mesh, partition(names[-leaf.ndim:] if leaf.ndim else '', leaf.shape, mesh, rules))
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def constrain(x, names):
+  """Tells the partitioner the layout of `x` by its letters; without a mesh (`jax.set_mesh`), nothing."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or math.prod(mesh.shape.values()) == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, partition(names, x.shape, mesh))

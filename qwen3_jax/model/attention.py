@@ -1,0 +1,58 @@
+"""Grouped-query attention with per-head QK-Norm before RoPE."""
+import jax.numpy as jnp
+from flax import nnx
+
+from qwen3_jax.kernels.attention import attention
+from qwen3_jax.mesh import constrain
+from qwen3_jax.model import rope
+
+
+def rms_norm(x, scale, eps):
+  """x / rms(x) * scale over the last axis, computed in float32, returned in x's dtype."""
+  y = x.astype(jnp.float32)
+  y = y * jnp.reciprocal(jnp.sqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps))
+  return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  """q, k, v projections, QK-Norm, RoPE, attention, output projection."""
+
+  def __init__(self, spec, rngs):
+    D, N, K, H = spec.width, spec.heads, spec.kv_heads, spec.head_width
+    init = nnx.initializers.normal(0.02)
+    def weight(*shape):
+      return nnx.Param(init(rngs.params(), shape, jnp.float32))
+    self.q_DNH, self.k_DKH, self.v_DKH = weight(D, N, H), weight(D, K, H), weight(D, K, H)
+    self.o_NHD = weight(N, H, D)
+    if spec.qk_norm:
+      self.q_norm_H, self.k_norm_H = nnx.Param(jnp.ones(H)), nnx.Param(jnp.ones(H))
+    if spec.qkv_bias:
+      self.q_bias_NH = nnx.Param(jnp.zeros((N, H)))
+      self.k_bias_KH, self.v_bias_KH = nnx.Param(jnp.zeros((K, H))), nnx.Param(jnp.zeros((K, H)))
+
+  def __call__(self, x_BTD, spec, context, kv=None):
+    """`context` is the forward pass's shared `Context`; with `kv`, the layer's cache is read and extended.
+
+    Returns the block's addition (B, T, D) and the new kv (None without a cache).
+    """
+    def project(names, weight):
+      return jnp.einsum(names, x_BTD, weight[...].astype(x_BTD.dtype))
+    q_BTNH = project('BTD,DNH->BTNH', self.q_DNH)
+    k_BTKH = project('BTD,DKH->BTKH', self.k_DKH)
+    v_BTKH = project('BTD,DKH->BTKH', self.v_DKH)
+    if spec.qkv_bias:
+      q_BTNH = q_BTNH + self.q_bias_NH[...].astype(x_BTD.dtype)
+      k_BTKH = k_BTKH + self.k_bias_KH[...].astype(x_BTD.dtype)
+      v_BTKH = v_BTKH + self.v_bias_KH[...].astype(x_BTD.dtype)
+    if spec.qk_norm:
+      q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...], spec.norm_eps)
+      k_BTKH = rms_norm(k_BTKH, self.k_norm_H[...], spec.norm_eps)
+    q_BTNH = constrain(rope.rotate(q_BTNH, *context.rotation), 'BTNH')
+    k_BTKH = constrain(rope.rotate(k_BTKH, *context.rotation), 'BTKH')
+    v_BTKH = constrain(v_BTKH, 'BTKH')
+    if kv is None:
+      o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, context.segment_BT, context.segment_BT)
+    else:
+      kv = kv.extend(k_BTKH, v_BTKH, context.start)
+      o_BTNH = kv.attend(q_BTNH, context)
+    return jnp.einsum('BTNH,NHD->BTD', o_BTNH, self.o_NHD[...].astype(x_BTD.dtype)), kv

@@ -1,0 +1,104 @@
+"""Feed-forward blocks: SwiGLU, and its mixture of experts with softmax top-k routing."""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax import struct
+from jax.sharding import PartitionSpec
+
+from qwen3_jax import mesh as alphabet
+from qwen3_jax.kernels import experts as kernel
+
+
+@struct.dataclass
+class Balance:
+  """What one MoE layer's routing did, summed over real tokens of the whole global batch."""
+  count_E: jax.Array  # assignments of each expert; no gradient
+  probability_E: jax.Array  # summed softmax probabilities over all experts
+  z: jax.Array  # summed logsumexp(router logits)^2
+  tokens: jax.Array
+
+
+class Mlp(nnx.Module):
+  """down(silu(gate x) * up x)."""
+
+  def __init__(self, spec, rngs):
+    D, F = spec.width, spec.mlp
+    init = nnx.initializers.normal(0.02)
+    self.gate_DF = nnx.Param(init(rngs.params(), (D, F), jnp.float32))
+    self.up_DF = nnx.Param(init(rngs.params(), (D, F), jnp.float32))
+    self.down_FD = nnx.Param(init(rngs.params(), (F, D), jnp.float32))
+
+  def __call__(self, x_BTD, spec, context, routes=None):
+    """Returns (B, T, D), and None twice where a mixture has its balance and routes."""
+    gate, up, down = (w[...].astype(x_BTD.dtype) for w in (self.gate_DF, self.up_DF, self.down_FD))
+    h_BTF = jax.nn.silu(jnp.einsum('BTD,DF->BTF', x_BTD, gate)) * jnp.einsum('BTD,DF->BTF', x_BTD, up)
+    return jnp.einsum('BTF,FD->BTD', h_BTF, down), None, None
+
+
+class Moe(nnx.Module):
+  """Softmax over all experts in float32, the top `chosen`, renormalised; dropless."""
+
+  def __init__(self, spec, rngs):
+    D, E, F = spec.width, spec.experts, spec.expert_mlp
+    init = nnx.initializers.normal(0.02)
+    self.router_DE = nnx.Param(init(rngs.params(), (D, E), jnp.float32))
+    self.gate_EDF = nnx.Param(init(rngs.params(), (E, D, F), jnp.float32))
+    self.up_EDF = nnx.Param(init(rngs.params(), (E, D, F), jnp.float32))
+    self.down_EFD = nnx.Param(init(rngs.params(), (E, F, D), jnp.float32))
+
+  def __call__(self, x_BTD, spec, context, routes=None):
+    """Returns (B, T, D), the layer's `Balance`, and the chosen experts (B, T, X).
+
+    With `routes_BTX` given, these experts are used and only their gates come from the router
+    (routing replay); the gradient goes through the gates either way.
+    """
+    logits_BTE = jnp.einsum('BTD,DE->BTE', x_BTD.astype(jnp.float32),
+                            self.router_DE[...].astype(jnp.float32))
+    probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    if routes is None:
+      gate_BTX, routes = jax.lax.top_k(probability_BTE, spec.chosen)
+    else:
+      gate_BTX = jnp.take_along_axis(probability_BTE, routes, axis=-1)
+    if spec.renormalise:
+      gate_BTX = gate_BTX / gate_BTX.sum(-1, keepdims=True)
+    weights = [w[...].astype(x_BTD.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
+    y_BTD = _sharded_experts(x_BTD, routes, gate_BTX.astype(x_BTD.dtype), *weights)
+    return y_BTD, _balance(logits_BTE, probability_BTE, routes, context.segment_BT), routes
+
+
+def _balance(logits_BTE, probability_BTE, routes_BTX, segment_BT):
+  real_BT = (segment_BT > 0).astype(jnp.float32)
+  experts = logits_BTE.shape[-1]
+  hit_BTE = (routes_BTX[..., None] == jnp.arange(experts)).any(-2)
+  return Balance(
+      count_E=jax.lax.stop_gradient(jnp.einsum('BT,BTE->E', real_BT, hit_BTE.astype(jnp.float32))),
+      probability_E=jnp.einsum('BT,BTE->E', real_BT, probability_BTE),
+      z=jnp.sum(real_BT * jax.nn.logsumexp(logits_BTE, -1) ** 2), tokens=real_BT.sum())
+
+
+def _sharded_experts(x_BTD, routes_BTX, gate_BTX, gate_EDF, up_EDF, down_EFD):
+  """Experts on each device's own tokens; expert weights are gathered over E and summed over F."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or math.prod(mesh.shape.values()) == 1:
+    return _flat_experts(x_BTD, routes_BTX, gate_BTX, gate_EDF, up_EDF, down_EFD)
+  rows = PartitionSpec(*alphabet.partition('BTD', x_BTD.shape, mesh)[:2], None)
+  specs = [PartitionSpec(*alphabet.partition(names, w.shape, mesh))
+           for names, w in (('EDF', gate_EDF), ('EDF', up_EDF), ('EFD', down_EFD))]
+  body = functools.partial(_gathered_experts, experts_axis=specs[0][0], width_axis=specs[0][2])
+  return jax.shard_map(body, in_specs=(rows, rows, rows, *specs), out_specs=rows, check_vma=False)(
+      x_BTD, routes_BTX, gate_BTX, gate_EDF, up_EDF, down_EFD)
+
+
+def _gathered_experts(x_BTD, routes_BTX, gate_BTX, *weights, experts_axis, width_axis):
+  if experts_axis:
+    weights = [jax.lax.all_gather(w, experts_axis, axis=0, tiled=True) for w in weights]
+  y_BTD = _flat_experts(x_BTD, routes_BTX, gate_BTX, *weights)
+  return jax.lax.psum(y_BTD, width_axis) if width_axis else y_BTD
+
+
+def _flat_experts(x_BTD, routes_BTX, gate_BTX, *weights):
+  flat = [x.reshape(-1, x.shape[-1]) for x in (x_BTD, routes_BTX, gate_BTX)]
+  return kernel.experts(*flat, *weights).reshape(x_BTD.shape)
