@@ -69,14 +69,17 @@ def suggest(word, known):
 
 def split_overrides(arguments):
   """Separates `--config.KEY=VALUE` (or `--config.KEY VALUE`) from a command's own arguments."""
-  own, overrides, rest = [], [], iter(arguments)
-  for argument in rest:
-    if not argument.startswith('--config.'):
-      own.append(argument)
-    elif '=' in argument:
+  own, overrides, unfinished = [], [], False
+  for argument in arguments:
+    if argument.startswith('--config.'):
       overrides.append(argument)
+      unfinished = '=' not in argument
+    elif unfinished and not argument.startswith('--'):
+      overrides[-1] += f'={argument}'
+      unfinished = False
     else:
-      overrides.append(f'{argument}={next(rest, "")}')
+      own.append(argument)
+      unfinished = False
   return own, overrides
 
 

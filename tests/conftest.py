@@ -36,24 +36,24 @@ def data_dir():
   return _folder('data')
 
 
-def pytest_terminal_summary(terminalreporter, config):
-  """In CI, where the oracle data lie beside the clone, a skipped test is a failure."""
-  if config.stash.get(_FORBIDDEN, 0):
-    terminalreporter.write_line(
-      f'error: {config.stash[_FORBIDDEN]} tests skipped in CI although ../shared is present '
-      '(only reasons that begin with "needs hardware" may skip)', red=True)
-
-
 _FORBIDDEN = pytest.StashKey[int]()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
+  """In CI, where the oracle data lie beside the clone, a skipped test is a failure."""
   reporter = session.config.pluginmanager.get_plugin('terminalreporter')
   if not (os.environ.get('CI') and SHARED.is_dir() and reporter):
     return
   reasons = [str(report.longrepr[2]) for report in reporter.stats.get('skipped', ())]
-  count = sum('needs hardware' not in reason for reason in reasons)
+  count = sum(not reason.startswith('Skipped: needs hardware') for reason in reasons)
   session.config.stash[_FORBIDDEN] = count
   if count and session.exitstatus == pytest.ExitCode.OK:
     session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  if config.stash.get(_FORBIDDEN, 0):
+    terminalreporter.write_line(
+      f'error: {config.stash[_FORBIDDEN]} tests skipped in CI although ../shared is present '
+      '(only reasons that begin with "needs hardware" may skip)', red=True)

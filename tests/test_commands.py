@@ -143,6 +143,8 @@ def test_exit_codes(echo):
 def test_overrides_reach_the_command(echo):
   done = echo('echo', '--config=a.py:tiny', '--config.x=1', '--times=2', '--config.y.z', '2')
   assert (done.returncode, done.stdout) == (0, 'a.py:tiny 2 --config.x=1 --config.y.z=2\n')
+  done = echo('echo', '--config=a', '--config.x', '--times=2')
+  assert done.stdout == 'a 2 --config.x\n'  # load_config then says that it has no value
 
 
 @pytest.fixture
