@@ -166,7 +166,7 @@ def _to_json(value, where):
 def _split_calls(text):
   """The text outside the valid tool calls, and the calls."""
   content, calls, start = '', [], 0
-  for tag in re.finditer(r'\n?<tool_call>\s*', text):
+  for tag in re.finditer(r'\n?<tool_call>', text):
     if tag.start() < start:
       continue
     call, end = _read_call(text, tag.end())
@@ -180,7 +180,7 @@ def _split_calls(text):
 def _read_call(text, start):
   """The call whose JSON starts at `start` and where its closing tag ends, or (None, start)."""
   try:
-    call, end = json.JSONDecoder().raw_decode(text, start)
+    call, end = json.JSONDecoder().raw_decode(text, re.compile(r'\s*').match(text, start).end())
   except (ValueError, RecursionError):
     return None, start
   close = re.compile(r'\s*</tool_call>').match(text, end)

@@ -151,7 +151,7 @@ class _SentencePiece:
   def encode(self, text, special):
     ids = []
     for part in (_EXACT if special else _HOSTILE).split(text):
-      ids += self._space if part == SPACE else self._coder.encode(part) if part else []
+      ids += self._space if part == SPACE else self._coder.encode(part.encode()) if part else []
     return ids
 
   def id(self, token):
@@ -189,7 +189,7 @@ def train(texts, size, folder, limit=100_000):
       sentence_iterator=iter(chunks), model_writer=model, model_type='bpe', num_threads=2,
       # <unk> is required but, with byte fallback, never used: it goes beyond the last id.
       vocab_size=size + 1, unk_id=size, bos_id=-1, eos_id=-1, pad_id=-1,
-      user_defined_symbols=CONTROL, byte_fallback=True, split_digits=True,
+      user_defined_symbols=list(CONTROL), byte_fallback=True, split_digits=True,
       character_coverage=0.9995, normalization_rule_name='identity', add_dummy_prefix=False,
       remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
       max_sentence_length=16384, minloglevel=2)
