@@ -19,7 +19,9 @@ esac
 source "$repo/launch/venv.sh"
 prepare_venv dev,tpu
 cd "$repo"
+status=0
 echo '== ruff check'
-"$venv/bin/python" -m ruff check -q .
+"$venv/bin/python" -m ruff check -q . || status=$?
 echo "== pytest $*"
-exec "$venv/bin/python" -m pytest "$@"
+"$venv/bin/python" -m pytest "$@" || exit # the linter's findings must not hide a failing test
+[ "$status" -eq 0 ] || fail 'ruff check found faults; they are above the tests'

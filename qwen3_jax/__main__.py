@@ -103,6 +103,8 @@ def parse_arguments(name, module, arguments):
 def describe_error(error):
   """One line of text for an error of the user's making."""
   text = str(error)
+  if isinstance(error, ModuleNotFoundError):
+    return f'error: {text}; install the package and what it needs: pip install -e {PACKAGE.parent}'
   if isinstance(error, OSError) and error.strerror:
     text = ': '.join(str(part) for part in (error.strerror, error.filename) if part)
   frames = traceback.extract_tb(error.__traceback__)
@@ -129,7 +131,7 @@ def main(arguments):
     return module.main(parse_arguments(name, module, rest)) or 0
   except KeyboardInterrupt:
     return INTERRUPTED
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, ModuleNotFoundError) as error:
     if show_traceback:
       raise
     print(describe_error(error), file=sys.stderr)

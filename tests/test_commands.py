@@ -34,6 +34,8 @@ def main(args):
     raise ValueError('got 3 heads, want a multiple of 2')
   if args.fault == 'library':
     json.loads('three')
+  if args.fault == 'module':
+    import absent_library
   if args.fault == 'file':
     open('absent.txt')
   if args.fault == 'interrupt':
@@ -132,6 +134,12 @@ def test_errors_are_one_line(echo, fault, line):
   assert (done.returncode, done.stderr, done.stdout) == (2, line + '\n', '')
   done = echo('echo', '--config=a', f'--fault={fault}', '--traceback')
   assert done.returncode == 1 and 'Traceback' in done.stderr
+
+
+def test_missing_library_is_explained(echo):
+  done = echo('echo', '--config=a', '--fault=module')
+  assert done.returncode == 2 and done.stderr.startswith(
+    "error: No module named 'absent_library'; install the package and what it needs: pip install")
 
 
 def test_exit_codes(echo):
