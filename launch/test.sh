@@ -21,7 +21,7 @@ prepare_venv dev,tpu
 cd "$repo"
 status=0
 echo '== ruff check'
-"$venv/bin/python" -m ruff check -q . || status=$?
+"$venv/bin/python" -m ruff check -q --output-format=concise . || status=$?
 echo "== pytest $*"
 "$venv/bin/python" -m pytest "$@" || exit # the linter's findings must not hide a failing test
 [ "$status" -eq 0 ] || fail 'ruff check found faults; they are above the tests'
