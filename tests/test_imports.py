@@ -3,10 +3,13 @@
 import ast
 import re
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
+
+import qwen3_jax
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / 'qwen3_jax'
@@ -107,6 +110,16 @@ def measure_functions(source):
         size -= node.body[0].end_lineno - node.body[0].lineno + 1
       sizes.append((node.name, size))
   return sizes
+
+
+def test_public_names_load_on_first_use():
+  code = 'import sys, qwen3_jax; sys.exit(any(name in sys.modules for name in ("jax", "numpy")))'
+  assert subprocess.run([sys.executable, '-c', code], cwd=REPO).returncode == 0
+  names = ['Spec', 'Tokenizer', 'generate', 'load', 'parse', 'render', 'save']
+  assert dir(qwen3_jax) == names
+  assert all(callable(getattr(qwen3_jax, name)) for name in names)
+  with pytest.raises(AttributeError, match="no attribute 'Spek'; it has Spec, "):
+    qwen3_jax.Spek  # noqa: B018
 
 
 def test_rooms_are_those_of_the_house():
