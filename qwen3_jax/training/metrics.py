@@ -1,9 +1,10 @@
 """What a run reports: metrics.jsonl, TensorBoard, one live line; and the chip's peak for MFU.
 
 A line of metrics.jsonl is one step: `step`, `stage`, what the step gave (`loss`, `grad_norm`,
-`lr`, at some steps `heldout_loss` ...), `tokens` (those of this step that are not padding, prompts
-included), `seconds` (wall time of this step, the first with its compilation), and from the second
-step on `tokens_per_s` and `mfu`. What is not finite is null.
+`lr`, at some steps `heldout_loss` ...), `seconds` (wall time of this step, the first with its
+compilation), and from the second step on `tokens_per_s` and `mfu`. Both count `tokens`, the step's
+loss targets (weight > 0): neither padding nor prompts. What is not finite is null; arrays of two or
+more axes stay out of the file.
 """
 
 import collections
@@ -110,7 +111,7 @@ class Metrics:
     """Reads the held-back step from the device and writes it."""
     if not self._pending:
       return None
-    line = {name: _to_json(value) for name, value in self._pending.items()}
+    line = {name: _to_json(value) for name, value in self._pending.items() if np.ndim(value) < 2}
     self._pending = {}
     now = time.perf_counter()
     line['seconds'] = round(now - self._clock, 6)

@@ -71,10 +71,12 @@ def test_torn_line_in_the_middle_is_named(tmp_path):
 
 def test_values_not_finite_are_null_and_vectors_lists(tmp_path):
   with Metrics(tmp_path, 1, 's1', console=rich.console.Console(file=io.StringIO())) as out:
-    out.write(1, {'loss': jnp.nan, 'grad_norm': jnp.inf, 'balance': jnp.array([1.0, 1.5])})
+    out.write(1, {'loss': jnp.nan, 'grad_norm': jnp.inf, 'balance': jnp.array([1.0, 1.5]),
+                  'expert_load_LE': jnp.ones((2, 4))})
   text = (tmp_path / 'metrics.jsonl').read_text()
   line = json.loads(text, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
   assert (line['loss'], line['grad_norm'], line['balance']) == (None, None, [1.0, 1.5])
+  assert 'expert_load_LE' not in line
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):

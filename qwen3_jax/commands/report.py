@@ -1,0 +1,30 @@
+"""Writes the report of a run: curves, samples and figures on one HTML page.
+
+Reads DIR/<stage>/metrics.jsonl, config.json, samples.json and probe.json of every stage (or those
+of DIR itself, for a single run), and DIR/facts.json; what is missing is left out. The page needs
+no network and no scripts.
+
+Examples:
+  python -m qwen3_jax report --workdir=runs/tiny
+  python -m qwen3_jax report --workdir=runs/tiny --to=report.html --title='Tiny, second try'
+"""
+
+from pathlib import Path
+
+from qwen3_jax.evaluation.report import list_versions, read_json, read_stages, write_report
+
+
+def add_arguments(parser):
+  parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of the run')
+  parser.add_argument('--to', metavar='FILE', help='the page; DIR/report.html if absent')
+  parser.add_argument('--title', help='heading; names the folder if absent')
+
+
+def main(args):
+  workdir = Path(args.workdir)
+  stages = read_stages(workdir)
+  facts = read_json(workdir / 'facts.json') or {}
+  path = Path(args.to) if args.to else workdir / 'report.html'
+  title = args.title or f'Qwen3 in JAX: {workdir.resolve().name}'
+  write_report(path, title, stages, {'versions': list_versions()} | facts)
+  print(f'report: {path.resolve()}')
