@@ -51,7 +51,7 @@ def draw(series, x_label, y_label, width=520, height=250, bands=(), log=False, z
     *_draw_axes(x_ticks, y_ticks, x_of, y_of, width, height),
     f'<text class="name" x="{width - RIGHT}" y="{height - 6}" text-anchor="end">'
     f'{escape(x_label)}</text>',
-    f'<text class="name" x="{LEFT - 44}" y="12">{escape(y_label)}</text>',
+    f'<text class="name" x="2" y="12">{escape(y_label)}</text>',
     *[part for each in series for part in _draw_series(each, x_of, y_of)],
     *_draw_hovers(series, x_label, x_of, width, height),
     '</svg>']

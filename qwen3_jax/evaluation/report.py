@@ -19,7 +19,7 @@ STYLE = """
   --rule: #e3e4e6; --grid: #ececee; --band: #f4f4f2; --c0: #2b62d9; --c1: #d0530f; --c2: #13805b;
   --c3: #8b46c9; }
 @media (prefers-color-scheme: dark) { :root { --page: #111317; --card: #181b20; --ink: #e4e6ea;
-  --soft: #979fab; --rule: #2b2f37; --grid: #262a31; --band: #1d2026; --c0: #7ba4ff;
+  --soft: #979fab; --rule: #2b2f37; --grid: #262a31; --band: #21262f; --c0: #7ba4ff;
   --c1: #ff9b5e; --c2: #57cda2; --c3: #c79bf7; } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink);
@@ -85,7 +85,8 @@ details pre { font-size: 13px; padding: 10px 0 0 18px }
   figure, .scroll, tr { break-inside: avoid } h2 { break-after: avoid; margin-top: 28px }
   .grid { grid-template-columns: 1fr 1fr } .completion { max-height: none }
   .plot svg, .wide .plot svg { min-width: 0 } details { break-inside: avoid }
-  thead { display: table-header-group } @page { margin: 16mm }
+  table { font-size: 9pt; white-space: normal } th, td { padding: 5px 8px }
+  thead { display: table-header-group } thead th { font-size: 8pt } @page { margin: 16mm }
 }
 """
 
@@ -285,7 +286,7 @@ def _mean(values):
 
 
 def _smooth(values, share):
-  """Centred running mean over 1/`share` of the values, narrower towards both ends (no lag)."""
+  """Centred running mean over 1/`share` of the values, a third as wide at both ends."""
   if share is None:
     return values
   half, sums, counts = len(values) // (2 * share), [0.0], [0]
@@ -294,8 +295,8 @@ def _smooth(values, share):
     counts.append(counts[-1] + (value is not None))
   smoothed = []
   for i in range(len(values)):
-    reach = min(half, i, len(values) - 1 - i)
-    low, high = i - reach, i + reach + 1
+    reach = max(min(half, i, len(values) - 1 - i), half // 3)
+    low, high = max(i - reach, 0), min(i + reach + 1, len(values))
     count = counts[high] - counts[low]
     smoothed.append((sums[high] - sums[low]) / count if count else None)
   return smoothed
