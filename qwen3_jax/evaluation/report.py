@@ -81,7 +81,7 @@ details pre { font-size: 13px; padding: 10px 0 0 18px }
 @media print {
   :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #444; --rule: #bbb;
     --grid: #ddd; --band: #f1f1f1; --c0: #1f4fbf; --c1: #b8450a; --c2: #0d6b4b; --c3: #7434b3 }
-  body { font-size: 11pt } main { max-width: none; padding: 0 }
+  body { font-size: 11pt } main { max-width: none; padding: 0 1px }
   figure, .scroll, tr { break-inside: avoid } h2 { break-after: avoid; margin-top: 28px }
   .grid { grid-template-columns: 1fr 1fr } .completion { max-height: none }
   .plot svg, .wide .plot svg { min-width: 0 } details { break-inside: avoid }
