@@ -108,6 +108,7 @@ def test_parsing_then_rendering_keeps_random_answers():
 
 @pytest.mark.parametrize('text, reasoning, content', [
   ('plain', '', 'plain'),
+  ('\n\nplain\n', '', '\n\nplain\n'),
   ('', '', ''),
   ('<think>\n\n</think>\n\nanswer', '', 'answer'),
   ('<think>\nwhy\n</think>\n\nanswer<|im_end|>', 'why', 'answer'),
@@ -158,6 +159,11 @@ def test_parsing_never_raises():
     message = parse(''.join(draw.choices(parts, k=draw.randint(0, 12))))
     assert set(message) == {'role', 'reasoning_content', 'content', 'tool_calls'}
     json.dumps(message)
+
+
+def test_answer_without_any_query_has_no_think_block():
+  answer = {'role': 'assistant', 'content': 'x', 'reasoning_content': 'r'}
+  assert render([answer]) == '<|im_start|>assistant\nx<|im_end|>\n'
 
 
 def test_silent_assistant_is_accepted():
