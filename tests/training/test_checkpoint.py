@@ -260,6 +260,20 @@ def test_leftovers_are_ignored_and_then_removed(copied):
   assert sorted(os.listdir(copied)) == ['1', '2']
 
 
+def test_a_step_half_removed_is_gone(copied, monkeypatch):
+  def stop(*_, **__):
+    raise KeyboardInterrupt
+  checkpoints = Checkpoints(copied, keep=1)
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(type(checkpoints.folder), 'rmtree', stop)
+    checkpoint._remove(checkpoints.folder / '2')
+  assert (copied / '2' / 'state').exists()
+  assert checkpoints.steps() == [1]
+  checkpoints.close()
+  assert restore(copied)[0] == 1
+  assert os.listdir(copied) == ['1']
+
+
 @pytest.fixture
 def small_disk(tmp_path):
   """A folder that holds 3 MiB: a file system where we may mount one, else a limit on files."""
