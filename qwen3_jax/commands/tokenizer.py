@@ -45,5 +45,6 @@ def read_texts(specs):
 def show(tokenizer, text):
   ids = tokenizer.encode(text)
   for id in ids:
-    print(f'{id:8} {tokenizer.piece(id).decode("utf-8", "backslashreplace")!r}')
+    piece = tokenizer.decode([id])
+    print(f'{id:8} {tokenizer.piece(id) if chr(0xfffd) in piece else piece!r}')
   print(f'{len(ids)} ids for {len(text.encode())} bytes')

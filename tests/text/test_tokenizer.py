@@ -324,9 +324,10 @@ def test_command_trains_and_shows(tmp_path, capsys, monkeypatch):
   assert 'trained 450 ids' in capsys.readouterr().out
   wanted = train([TEXTS[0].strip('\n'), *TEXTS[1:]], 450, tmp_path / 'wanted')
   assert (tmp_path / 'to' / 'tokenizer.model').read_bytes() == wanted.file.read_bytes()
-  run_command('--show', 'cat\n<think>', '--from', tmp_path / 'to')
+  run_command('--show', 'cat\n<think>\U000a1234', '--from', tmp_path / 'to')
   shown = capsys.readouterr().out
-  assert "24 '<think>'" in shown and r"'\n'" in shown and 'for 11 bytes' in shown
+  assert "24 '<think>'" in shown and r"'\n'" in shown and r"b'\xf2'" in shown
+  assert 'for 15 bytes' in shown
 
 
 def test_command_trains_on_the_standard_library(tmp_path, capsys):
