@@ -1,5 +1,6 @@
 """Sources become one endless stream: shares of tokens, seeded order, lengths by bucket."""
 
+import functools
 import hashlib
 import json
 
@@ -7,16 +8,16 @@ import grain
 import numpy as np
 
 BLOCK = 4096  # picks after which the shares come round exactly
-SAMPLE = 256  # documents tokenised to learn a source's tokens a byte
+SAMPLE = 256  # excerpts or documents tokenised to learn the lengths of a source
+EXCERPT = 2000  # characters
 
 
 def mixture(sources_and_weights, seed, encode=None):
   """Endless indexable of (source name, document) in which `weights` are shares of *tokens*.
 
-  A source is picked with probability proportional to weight / mean document length. The mean is
-  that of a fixed sample, scaled by the exact mean of `source.sizes` (bytes) where it has them; it
-  is counted with `encode` (in characters without it). Each source is read in a seeded order,
-  every document once before any comes again, in a new order each time round.
+  A source is picked with probability proportional to weight / mean document length (see
+  `mean_length`), counted with `encode` or, without it, in characters. Each source is read in a
+  seeded order, every document once before any comes again, in a new order each time round.
   """
   sources = [source for source, _ in sources_and_weights]
   weights = np.array([float(weight) for _, weight in sources_and_weights])
@@ -55,11 +56,11 @@ class Mixture:
   def locate(self, i):
     """(source number, index in that source) of global ordinal `i`, in constant time."""
     block, slot = divmod(i, BLOCK)
-    slot = _shuffle(slot, BLOCK, self.seed, block)
+    slot = shuffle(slot, BLOCK, self.seed, block)
     s = self._slots[slot]
     nth = block * self._counts[s] + slot - self._starts[s]
     epoch, index = divmod(nth, len(self.sources[s]))
-    return s, _shuffle(index, len(self.sources[s]), self.seed + 1 + s, epoch)
+    return s, shuffle(index, len(self.sources[s]), self.seed + 1 + s, epoch)
 
   def __getitem__(self, i):
     s, index = self.locate(i)
@@ -71,24 +72,47 @@ class Mixture:
         f'cannot read document {index} of source {source.name}: {error}') from error
 
 
-def _shuffle(index, size, seed, epoch):
+def shuffle(index, size, seed, epoch=0):
+  """Where `index` goes in the seeded permutation of range(size) of this epoch."""
   seed = (seed * 1_000_003 + epoch * 7_919) % 2 ** 32
+  if size <= BLOCK:  # grain's shuffle walks cycles of 2 ** 16: milliseconds for a few documents
+    return int(_permutation(size, seed)[index])
   return grain.experimental.index_shuffle(index, max_index=size - 1, seed=seed, rounds=4)
 
 
-def _measure(source, encode):
-  """Tokens (characters without `encode`) and bytes (None where unknown) of a fixed sample."""
-  picks = [_shuffle(i, len(source), 0, 0) for i in range(min(SAMPLE, len(source)))]
-  items = [source[i] for i in picks]
-  tokens = [len(encode(x)) if encode and isinstance(x, str) else len(x) for x in items]
-  sizes = getattr(source, 'sizes', None)
-  return np.array(tokens) + 1, None if sizes is None else sizes[picks]
+@functools.lru_cache(256)
+def _permutation(size, seed):
+  return np.random.default_rng(seed).permutation(size)
+
+
+def _sample(source, count):
+  return [shuffle(i, len(source), 0, 0) for i in range(min(count, len(source)))]
+
+
+def density(source, encode=None):
+  """Tokens (characters without `encode`) a byte, from excerpts evenly spaced over all the bytes."""
+  ends = np.cumsum(source.sizes)
+  tokens = size = 0
+  for at in (np.arange(SAMPLE) + 0.5) / SAMPLE * ends[-1]:
+    i = int(np.searchsorted(ends, at, side='right'))
+    text = source[i]
+    start = int((at - ends[i] + source.sizes[i]) / source.sizes[i] * len(text))
+    excerpt = text[max(0, min(start, len(text) - EXCERPT)):][:EXCERPT]
+    tokens += len(encode(excerpt) if encode else excerpt)
+    size += len(excerpt.encode())
+  return tokens / size
 
 
 def mean_length(source, encode=None):
-  """Mean tokens of a document of `source`, the closing token included."""
-  tokens, sizes = _measure(source, encode)
-  return tokens.mean() if sizes is None else tokens.sum() / sizes.sum() * source.sizes.mean()
+  """Mean tokens of a document of `source`, the closing token included; an estimate."""
+  if isinstance(source, LengthView):
+    picks = _sample(source, SAMPLE // 4)
+    return (np.mean([len(source[i]) + 1 for i in picks]) / source.sizes[picks].mean()
+            * source.sizes.mean())
+  if getattr(source, 'sizes', None) is not None:
+    return density(source, encode) * source.sizes.mean() + 1
+  texts = [source[i] for i in _sample(source, SAMPLE)]
+  return np.mean([len(encode(text) if encode else text) for text in texts]) + 1
 
 
 class LengthView:
@@ -143,8 +167,7 @@ def by_length(source, encode, low, high, cut=False, join=None):
     raise ValueError(f'lengths from {low} to {high} tokens make no sense')
   if getattr(source, 'sizes', None) is None:
     raise ValueError(f'source {source.name} does not know the sizes of its documents')
-  tokens, sizes = _measure(source, encode)
-  lengths = source.sizes * (tokens.sum() / sizes.sum())
+  lengths = source.sizes * density(source, encode) + 1
   parts = np.ceil(lengths / high).astype(int) if cut else np.ones(len(lengths), int)
   fits = (lengths / parts >= low) & (lengths / parts <= high)
   pieces = [(i, 1, part, parts[i]) for i in np.flatnonzero(fits) for part in range(parts[i])]

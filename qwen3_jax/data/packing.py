@@ -5,8 +5,9 @@ import queue
 import threading
 from collections import deque
 
-import grain
 import numpy as np
+
+from qwen3_jax.data.mixture import shuffle
 
 
 @dataclasses.dataclass(eq=False)
@@ -20,8 +21,8 @@ class Document:
 class Lane:
   """The stream behind one row of the global batch: documents row, row + stride, row + 2 stride ...
 
-  `next` is the first ordinal not begun; `open` are the documents begun but not finished, and those
-  set aside whole for a later row. Both are the lane's whole state. `ready` was tokenised ahead
+  `next` is the first ordinal not looked at; `open` are the documents begun but not finished, and
+  those waiting whole for a row. Both are the lane's whole state. `ready` was tokenised ahead
   and belongs to no state. `end` bounds the ordinals (None: the documents never end).
   """
 
@@ -50,20 +51,17 @@ class Lane:
     """Token arrays that fill the lane's next row of `length`, in order; each is one segment.
 
     With `keep_whole` = 0 documents follow each other strictly in order and are split at row ends.
-    Otherwise a document of more than half a row that does not fit is set aside (up to `keep_whole`
-    of them) and leads the next row that has none; shorter ones fill what is left and may be split.
+    Otherwise the lane looks ahead at `keep_whole` documents and takes the longest that fits, so
+    that a long one leads each row; what is left is filled by splitting one of at most half a row. A
+    longer one is split only where no such is at hand, or where it is longer than a row.
     """
     pieces, room = [], length
     while room:
-      held = [d for d in self.open if not d.offset]
-      document = (next((d for d in held if len(d.ids) <= room), None)
-                  or next((d for d in self.open if d.offset), None))
-      if document is None and (document := self.draw(read)):
-        if room < len(document.ids) <= length < 2 * len(document.ids) and len(held) < keep_whole:
-          continue
-      if document is None and not held:
+      while sum(not d.offset for d in self.open) < keep_whole and self.draw(read):
+        pass
+      document = self._choose(room, length) or self.draw(read)
+      if document is None:
         break
-      document = document or held[0]
       piece = document.ids[document.offset:document.offset + room]
       document.offset += len(piece)
       if document.offset == len(document.ids):
@@ -71,6 +69,17 @@ class Lane:
       pieces.append(piece)
       room -= len(piece)
     return pieces
+
+  def _choose(self, room, length):
+    """The open document to go on with; None where none is open."""
+    begun = next((d for d in self.open if d.offset), None)
+    whole = [d for d in self.open if not d.offset]
+    fits = [d for d in whole if len(d.ids) <= room or room == length]
+    if begun and (room < length or not fits):
+      return begun
+    size = lambda d: len(d.ids)
+    short = [d for d in whole if 2 * size(d) <= length]
+    return max(fits or short, key=size, default=None) or min(whole, key=size, default=None)
 
   def state(self):
     return {'next': self.next, 'open': [[d.ordinal, d.offset] for d in self.open]}
@@ -224,7 +233,8 @@ class Loader:
     """Tokenises, in one call, about what all lanes lack for a row."""
     wanted = []
     for lane in self._lanes.values():
-      have = sum(len(d.ids) - d.offset for d in (*lane.open, *lane.ready))
+      begun = [d for d in lane.open if d.offset]
+      have = sum(len(d.ids) - d.offset for d in (*begun, *lane.ready))
       count = -int(-(self.length - have) // self._tokens_per_document)
       wanted += [(lane, i) for i in lane.upcoming(max(0, count))]
     if not wanted:
@@ -280,6 +290,5 @@ class _Shuffled:
     self.source, self.seed = source, seed
 
   def __getitem__(self, i):
-    i = grain.experimental.index_shuffle(i, max_index=len(self.source) - 1, seed=self.seed,
-                                         rounds=4)
+    i = shuffle(i, len(self.source), self.seed)
     return getattr(self.source, 'name', 'documents'), self.source[i]

@@ -68,12 +68,12 @@ class Source:
 def open_source(spec, split=None, heldout=None, cache=None):
   """The source that `spec` names: 'stdlib[:code|:prose]', 'tasks[:options]', a path or a glob.
 
-  Paths are local or gs://; a folder means all files in it. `split` is 'train', 'heldout' or None
-  (all): a document is held out where the hash of its content falls into the first `heldout` of all
-  hashes (default 1 %, the standard library 2 %), whatever the order or number of files. Compressed
-  and remote files are expanded once into `cache` (default $QWEN3_JAX_CACHE, else
-  ~/.cache/qwen3_jax). All data is read and checked here: FileNotFoundError or ValueError names the
-  file, the line and what to do.
+  Paths are local or gs://; a folder means all files in it (and below it, where it is local).
+  `split` is 'train', 'heldout' or None (all): a document is held out where the hash of its content
+  falls into the first `heldout` of all hashes (default 1 %, the standard library 2 %), whatever the
+  order or number of files. Compressed and remote files are expanded once into `cache` (default
+  $QWEN3_JAX_CACHE, else ~/.cache/qwen3_jax). All data is read and checked here: FileNotFoundError
+  or ValueError names the file, the line and what to do.
   """
   if split not in (None, 'train', 'heldout'):
     raise ValueError(f"split must be 'train', 'heldout' or None, got {split!r}")
@@ -183,18 +183,23 @@ def _open_files(spec, cache):
 def _find(spec):
   """Files that a path, folder or glob names, sorted; hidden ones are left out."""
   parts = spec.split('/')
-  wild = next((k for k, part in enumerate(parts) if set(part) & set('*?[')), None)
+  wild = next((k for k, part in enumerate(parts) if set(part) & set('*?[')), len(parts))
+  remote = '://' in spec
+  if remote and '**' in parts:
+    raise ValueError(f"{spec}: '**' is not possible in a remote path; name the folder")
   try:
-    if wild is not None:
-      root = epath.Path('/'.join(parts[:wild]) or ('/' if spec.startswith('/') else '.'))
-      paths = [path for path in root.glob('/'.join(parts[wild:])) if not path.is_dir()]
+    root = '/'.join(parts[:wild]) or ('/' if spec.startswith('/') else '.')
+    root = epath.Path(root) if remote else Path(root).expanduser()
+    if wild < len(parts):
+      paths = root.glob('/'.join(parts[wild:]))
+    elif root.is_dir():
+      paths = root.glob('*' if remote else '**/*')
     else:
-      root = epath.Path(spec).expanduser()
-      paths = [p for p in root.rglob('*') if not p.is_dir()] if root.is_dir() else [root]
-      paths = paths if root.exists() else []
+      paths = [root] if root.exists() else []
+    paths = [path for path in paths if not path.is_dir()]
   except ImportError as error:
-    raise ValueError(f"{spec}: remote files need pip install 'etils[epath-gcs]' gcsfs") from error
-  paths = sorted((path for path in paths if not any(
+    raise ValueError(f"{spec}: remote files need: pip install 'etils[epath-gcs]'") from error
+  paths = sorted((epath.Path(path) for path in paths if not any(
     part.startswith('.') for part in path.relative_to(root).parts)), key=os.fspath)
   if not paths:
     raise FileNotFoundError(f'{spec}: no such file, and no file that the pattern fits')
@@ -249,7 +254,8 @@ def _replace(path):
                     'with room') from error
     raise
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink()
 
 
 def _index(path, local, scan):

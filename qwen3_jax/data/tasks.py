@@ -165,7 +165,8 @@ def _add(rng, d):
   a, b = _number(rng, d), _number(rng, max(1, d - rng.randint(0, 1)))
   question = rng.choice((
     'What is {a} + {b}?', 'Add {a} and {b}.', 'Calculate {a} + {b}.',
-    'Find the sum of {a} and {b}.', 'What do you get when you add {b} to {a}?', 'How much is {a} plus {b}?'))
+    'Find the sum of {a} and {b}.', 'What do you get when you add {b} to {a}?',
+    'How much is {a} plus {b}?'))
   steps, carry = ['Add digit by digit from the right.'], 0
   for k in range(max(len(str(a)), len(str(b)))):
     x, y = a // 10 ** k % 10, b // 10 ** k % 10
@@ -183,7 +184,8 @@ def _subtract(rng, d):
   a, b = sorted((_number(rng, d), _number(rng, d)), reverse=True)
   question = rng.choice((
     'What is {a} - {b}?', 'Subtract {b} from {a}.', 'Calculate {a} - {b}.',
-    'Take {b} away from {a}.', 'Find the difference between {a} and {b}.', 'How much is {a} minus {b}?'))
+    'Take {b} away from {a}.', 'Find the difference between {a} and {b}.',
+    'How much is {a} minus {b}?'))
   steps, borrow = ['Subtract digit by digit from the right.'], 0
   for k in range(len(str(a))):
     x, y = a // 10 ** k % 10, b // 10 ** k % 10
@@ -406,7 +408,7 @@ def _travel(rng, d):
   if ask == 'hours':
     return (f'{name} travels {way} km at {speed} km per hour. How many hours does it take?',
             [f'Time is distance divided by speed: {way} / {speed} = {hours}.'], hours)
-  return (f'{name} travels {way} km in {hours} hours at an even pace. How many km per hour is that?',
+  return (f'{name} travels {way} km in {hours} hours. How many km per hour is that?',
           [f'Speed is distance divided by time: {way} / {hours} = {speed}.'], speed)
 
 
