@@ -84,3 +84,28 @@ def constrain(x, names):
   if mesh.empty or math.prod(mesh.shape.values()) == 1:
     return x
   return jax.lax.with_sharding_constraint(x, partition(names, x.shape, mesh))
+
+
+def owned_rows(batch, mesh):
+  """The rows of a global batch of `batch` whose arrays live on this process's devices, sorted."""
+  sharding = NamedSharding(mesh, partition('B', (batch,), mesh))
+  slices = sharding.addressable_devices_indices_map((batch,)).values()
+  return sorted({row for (s,) in slices for row in range(*s.indices(batch))})
+
+
+def to_global(batch, rows, total, mesh):
+  """Global arrays from this process's `rows` (see `owned_rows`) of a batch of `total` rows.
+
+  `batch` maps names with letters ('tokens_BT') to numpy arrays whose first axis is B.
+  """
+  place = {row: i for i, row in enumerate(rows)}
+
+  def one(name, local):
+    shape = (total, *local.shape[1:])
+    sharding = NamedSharding(mesh, partition(letters(name), shape, mesh))
+
+    def part(index):
+      wanted = range(*index[0].indices(total))
+      return local[[place[row] for row in wanted]][(slice(None), *index[1:])]
+    return jax.make_array_from_callback(shape, sharding, part)
+  return {name: one(name, local) for name, local in batch.items()}

@@ -7,7 +7,7 @@ from flax import nnx
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from qwen3_jax.mesh import constrain
+from qwen3_jax.mesh import constrain, shardings
 from qwen3_jax.model import rope
 from qwen3_jax.model.attention import Attention, rms_norm
 from qwen3_jax.model.cache import Cache
@@ -140,7 +140,13 @@ class Qwen3(nnx.Module):
   def unstacked(self):
     """The blocks one by one."""
     return [jax.tree.map(lambda w, i=i: w[i], stack)
-            for stack, (_, count, _) in zip(self.stacks, self.spec.runs()) for i in range(count)]
+            for stack in self.stacks for i in range(stack.attention_norm_D.shape[0])]
+
+  def split(self):
+    """The same model with one stack a layer, for decoding: `unstacked` then slices nothing."""
+    model = jax.tree.map(lambda w: w, self)
+    model.stacks = nnx.List([jax.tree.map(lambda w: w[None], block) for block in self.unstacked()])
+    return model
 
   def head(self):
     """The head's weights (V, D): the embedding when tied."""
@@ -180,17 +186,13 @@ def cast(params, dtype):
   return jax.tree_util.tree_map_with_path(one, params)
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
-def _initial(spec, key):
-  return Qwen3(spec, nnx.Rngs(key))
+def make(spec, seed=0):
+  """A random model: normal 0.02, norms 1. Trace it under jit to have it made sharded."""
+  return Qwen3(spec, nnx.Rngs(seed))
 
 
 def init(spec, seed=0, mesh=None):
-  """A random model (normal 0.02, norms 1), made sharded on `mesh`: never whole on one device."""
-  from qwen3_jax.mesh import shardings
-  key = jax.random.key(seed)
-  if mesh is None:
-    return _initial(spec, key)
-  shapes = jax.eval_shape(_initial, spec, key)
-  make = jax.jit(lambda key: Qwen3(spec, nnx.Rngs(key)), out_shardings=shardings(shapes, mesh))
-  return make(key)
+  """`make`, run: made sharded on `mesh`, never whole on one device."""
+  build = functools.partial(make, spec, seed)
+  out = None if mesh is None else shardings(jax.eval_shape(build), mesh)
+  return jax.jit(build, out_shardings=out)()

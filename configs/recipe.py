@@ -1,0 +1,8 @@
+"""The recipe: the stages in order, each starting from the weights of the one before."""
+from ml_collections import ConfigDict
+
+
+def get_config(arg):
+  arg = arg or 'tiny'
+  return ConfigDict(dict(stages=tuple((name, f'configs/{name}.py:{arg}') for name in ('s1', 's2', 's3')),
+                         seed=0))

@@ -1,0 +1,52 @@
+"""What the pretraining configs share; each file of configs/ then says what is its stage's own."""
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from qwen3_jax.spec import RELEASED, Spec
+
+TINY = dict(
+    tiny=Spec(layers=4, width=128, heads=4, kv_heads=2, mlp=384, vocab=2048, head_width=32, tied=True,
+              max_position=1024, stop_ids=()),
+    moe=Spec(layers=4, width=128, heads=4, kv_heads=2, mlp=384, vocab=2048, head_width=32, tied=True,
+             max_position=1024, stop_ids=(), experts=16, chosen=4, expert_mlp=96))
+
+# Peak learning rate and rows of 4,096 tokens a step. Qwen's are unpublished (they come from scaling
+# laws that were not released); these are ours, in the range of comparable open runs, not measured.
+RECIPES = {'0.6b': (6e-4, 1024), '1.7b': (5e-4, 1024), '4b': (4e-4, 1024), '8b': (3e-4, 1024),
+           '14b': (2.5e-4, 2048), '32b': (2e-4, 2048), '30b-a3b': (4e-4, 2048),
+           '235b-a22b': (2e-4, 4096)}
+
+
+def pretraining(stage, arg, tokens):
+  """ConfigDict of a pretraining stage; `arg` is a released size, 'tiny' (dense) or 'tiny,moe'.
+
+  `tokens` is the stage's published token budget, which sets `steps` of a real size. Raises
+  ValueError for a size or option that does not exist.
+  """
+  size, *options = arg.split(',') if arg else ['tiny']
+  small = size == 'tiny'
+  if not small and size not in RECIPES or options and (not small or options != ['moe']):
+    raise ValueError(f'config argument {arg!r}: want {", ".join(RECIPES)}, or tiny, or tiny,moe')
+  spec = TINY['moe' if options else 'tiny'] if small else RELEASED[f'{size}-base']
+  peak, rows = (4e-3, 16) if small else RECIPES[size]
+  config = ConfigDict(dict(
+      stage=stage, seed=0, init=None, model=_fields(spec), mesh={}, dtype='float32' if small else
+      'bfloat16', remat='none' if small else 'full', micro_batches=1,
+      balance=0.008 if spec.experts else None,  # global-batch weight (2501.11873): HF's 0.001 x 8
+      router_z=0.001 if spec.experts else None,
+      steps=tokens // (rows * 4096), save_every=1000, keep=3, evaluate_every=1000,
+      data=dict(sources=None, heldout=(), batch=rows, length=4096, length_mix=None, heldout_batches=8,
+                tokenizer=None, tokenizer_size=2048),
+      optim=dict(schedule='constant', peak_lr=peak, warmup=2000, final=0.1, decay=0.2, b1=0.9,
+                 b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)), type_safe=False)
+  config.model.rope_theta = 1e4  # S3 raises it
+  if small:
+    config.update(dict(save_every=50, evaluate_every=50, data=dict(length=256, heldout_batches=4)))
+    config.optim.warmup = 10
+  return config
+
+
+def _fields(spec):
+  fields = dataclasses.asdict(spec)
+  return fields | dict(mlp_only=tuple(spec.mlp_only), stop_ids=tuple(spec.stop_ids))

@@ -1,0 +1,137 @@
+"""Pretraining stages S1, S2, S3: packed text and next-token loss; a stage is two functions."""
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from qwen3_jax import mesh as alphabet
+from qwen3_jax.data import mixture, packing, sources
+from qwen3_jax.model import transformer
+from qwen3_jax.stages import load
+from qwen3_jax.training import fit, losses, optim, step as training
+from qwen3_jax.training.checkpoint import Checkpoints
+from qwen3_jax.training.metrics import Metrics
+
+
+def make_loss(config):
+  """loss(params, batch) of a config: compute type, recomputation, balance terms."""
+  dtype = jnp.dtype(config.dtype)
+
+  def loss(params, batch):
+    params = transformer.cast(params, dtype) if dtype != jnp.float32 else params
+    return losses.next_token(params, batch, remat=config.remat, dtype=dtype,
+                             balance=config.balance or 0.0, router_z=config.router_z or 0.0)
+  return loss
+
+
+def open_documents(config, tokenizer, split):
+  """The mixture of `config.data.sources`: (spec, share of tokens) pairs, by length where asked."""
+  data = config.data
+  if not data.sources:
+    raise ValueError("config.data.sources is None: say what to train on, e.g. --config.data.sources="
+                     "\"(('/data/*.jsonl', 1.0),)\", or 'stdlib' for this machine's own Python library")
+  encode = functools.partial(tokenizer.encode, special=False)
+  parts = []
+  for spec, share in data.sources:
+    source = sources.open_source(spec, split)
+    if data.length_mix and split == 'train':
+      views = mixture.length_mix(source, encode, data.length, data.length_mix)
+      parts += [(view, share * part) for view, part in views]
+    else:
+      parts.append((source, share))
+  return mixture.mixture(parts, config.seed, encode)
+
+
+def make_loader(config, tokenizer, mesh):
+  """The stage's stream of batches on this host: the rows its devices hold."""
+  data = config.data
+  return packing.Loader(
+      open_documents(config, tokenizer, 'train'), functools.partial(tokenizer.encode, special=False),
+      data.batch, data.length, tokenizer.eod_id, rows=alphabet.owned_rows(data.batch, mesh),
+      keep_whole=2 if data.length_mix else 0)
+
+
+def heldout_batches(config, tokenizer, mesh):
+  """Fixed batches of held-out text, the same at every evaluation and in every stage's report."""
+  data = config.data
+  rows = alphabet.owned_rows(data.batch, mesh)
+  batches = []
+  encode = functools.partial(tokenizer.encode, special=False)
+  for spec in data.heldout:
+    source = sources.open_source(spec, 'heldout')
+    for batch in packing.fixed_batches(source, encode, data.batch, data.length, data.heldout_batches,
+                                       tokenizer.eod_id, rows):
+      batches.append(_with_totals(alphabet.to_global(batch, rows, data.batch, mesh), config))
+  return batches
+
+
+def _with_totals(batch, config):
+  """An evaluation batch stands alone: its sums are what is read."""
+  spec = load.spec_from(config.model)
+  layers = sum(spec.sparse(layer) for layer in range(spec.layers))
+  return batch | dict(total_weight=1.0, total_tokens=1.0,
+                      count_LE=jnp.zeros((layers, spec.experts)))
+
+
+def first_state(config, spec, optimizer, mesh):
+  """TrainState at step 0: random, or the weights of `config.init`."""
+  if config.init:
+    return training.state_from(load.load_params(config.init, spec, mesh), optimizer, mesh)
+  return training.initial_state(functools.partial(transformer.make, spec, config.seed), optimizer, mesh)
+
+
+def run(config, workdir, tokenizer):
+  """Trains one stage in `workdir` up to `config.steps`, from its last checkpoint if it has one."""
+  spec = load.spec_from(config.model)
+  if tokenizer.size > spec.vocab:
+    raise ValueError(f'the tokenizer has {tokenizer.size} ids, config.model.vocab is {spec.vocab}; '
+                     'the embedding must have a row for each')
+  mesh = alphabet.make_mesh(config.mesh)
+  o = config.optim
+  optimizer = optim.adamw(o.b1, o.b2, o.eps, o.weight_decay, o.clip)
+  rate = optim.schedule(o.schedule, o.peak_lr, config.steps, o.warmup, o.final, o.decay)
+  with jax.set_mesh(mesh):
+    loss = make_loss(config)
+    loader = make_loader(config, tokenizer, mesh)
+    evaluate = fit.evaluator(loss, heldout_batches(config, tokenizer, mesh))
+    checkpoints = Checkpoints(workdir / 'checkpoints', config.keep)
+    state = _resume(config, spec, optimizer, mesh, checkpoints, loader)
+    step = jax.jit(training.make_step(loss, optimizer, rate, config.micro_batches), donate_argnums=0,
+                   out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
+
+    def draw(params, number):
+      return alphabet.to_global(next(loader), loader.rows, config.data.batch, mesh)
+    try:
+      with Metrics(workdir, config.steps, config.stage, int(state.step),
+                   spec.flops_per_token(config.data.length)) as metrics:
+        return fit.fit(state, step, draw, steps=config.steps, checkpoints=checkpoints,
+                       metrics=metrics, cursor=lambda: gather_cursor(loader.state()),
+                       config=config.to_dict(), save_every=config.save_every, evaluate=evaluate,
+                       evaluate_every=config.evaluate_every)
+    finally:
+      loader.close()
+      checkpoints.close()
+
+
+def gather_cursor(state):
+  """The whole batch's data position from every host's part of it."""
+  if jax.process_count() == 1:
+    return state
+  import json
+  import numpy as np
+  from jax.experimental import multihost_utils
+  text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+  size = int(multihost_utils.process_allgather(np.array(text.size)).max())
+  texts = multihost_utils.process_allgather(np.pad(text, (0, size - text.size), constant_values=32))
+  return packing.merge_states([json.loads(bytes(text)) for text in texts])
+
+
+def _resume(config, spec, optimizer, mesh, checkpoints, loader):
+  if checkpoints.latest() is None:
+    return first_state(config, spec, optimizer, mesh)
+  shapes = jax.eval_shape(lambda: training.state_of(transformer.make(spec), optimizer))
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                          alphabet.shardings(shapes, mesh))
+  _, state, cursor = checkpoints.restore(abstract)
+  loader.restore(cursor)
+  return state

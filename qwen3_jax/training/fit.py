@@ -1,0 +1,61 @@
+"""The one training loop: draw, step, report, evaluate, save."""
+import jax
+
+from qwen3_jax.training.preemption import Preemption
+
+PATIENCE = 5  # updates in a row that may be skipped as not finite
+
+
+class Preempted(Exception):
+  """The machine is going away; the state was saved. Start again to continue."""
+
+
+def fit(state, step, draw, *, steps, checkpoints, metrics, cursor=dict, config=None, save_every=500,
+        evaluate=None, evaluate_every=500):
+  """Trains from `state.step` up to `steps` and returns the last state, saved.
+
+  `step(state, batch) -> (state, values)` is jitted and donates its state; `draw(params, n)` gives
+  the batch of step n (from 0), `cursor()` the data's position behind what was drawn, saved beside
+  the state. `evaluate(params)` gives a dict of values, every `evaluate_every` steps and at the end.
+  Raises Preempted after SIGTERM, FloatingPointError when updates were not finite PATIENCE times in
+  a row: what is saved is then from before, or unharmed (such updates are skipped whole).
+  """
+  with Preemption() as preemption:
+    for number in range(int(state.step) + 1, steps + 1):
+      state, values = step(state, draw(state.params, number - 1))
+      _stop_if_diverged(metrics.write(number, values))
+      last = number == steps
+      if evaluate and (number % evaluate_every == 0 or last):
+        with metrics.paused():
+          metrics.write(number, evaluate(state.params))
+      leave = preemption.should_stop(number)
+      if number % save_every == 0 or last or leave:
+        _stop_if_diverged(metrics.flush())
+        checkpoints.save(number, state, cursor(), config or {})
+      if leave and not last:
+        checkpoints.wait()
+        raise Preempted(f'stopped by SIGTERM after step {number} of {steps}, which is saved; '
+                        'run the same command to continue')
+  checkpoints.wait()
+  return state
+
+
+def _stop_if_diverged(line):
+  if line and line.get('streak', 0) >= PATIENCE:
+    first = line['step'] - line['streak'] + 1
+    raise FloatingPointError(
+        f'loss or gradient was not finite in steps {first} to {line["step"]}; all these updates '
+        'were skipped. Lower config.optim.peak_lr, or look at the data of these steps')
+
+
+def evaluator(loss, batches):
+  """`evaluate(params) -> {'heldout_loss': mean nll}` over fixed batches of global arrays."""
+  @jax.jit
+  def one(params, batch):
+    return loss(params, batch)[1]
+
+  def evaluate(params):
+    sums = [one(params, batch) for batch in batches]
+    nll, weight = (float(sum(s[name] for s in sums)) for name in ('nll', 'weight'))
+    return dict(heldout_loss=nll / max(weight, 1))
+  return evaluate

@@ -1,0 +1,115 @@
+"""One training step: gradients over micro-batches, one update, skipped whole when not finite."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from qwen3_jax import mesh as alphabet
+
+
+@struct.dataclass
+class TrainState:
+  """All that a run carries from step to step; the data's position is saved beside it."""
+  step: jax.Array  # updates tried
+  params: object
+  opt: object
+  skipped: jax.Array  # updates skipped because loss or gradient was not finite
+  streak: jax.Array  # of those, how many in a row up to now
+
+
+def initial_state(make_params, optimizer, mesh=None):
+  """TrainState on `mesh`, made sharded; `make_params()` builds the model (traced, never run whole)."""
+  def make():
+    return state_of(make_params(), optimizer)
+  if mesh is None:
+    return jax.jit(make)()
+  return jax.jit(make, out_shardings=alphabet.shardings(jax.eval_shape(make), mesh))()
+
+
+def state_from(params, optimizer, mesh=None):
+  """TrainState around weights that exist (a checkpoint, a Hugging Face folder)."""
+  make = functools.partial(state_of, optimizer=optimizer)
+  if mesh is None:
+    return jax.jit(make)(params)
+  return jax.jit(make, out_shardings=alphabet.shardings(jax.eval_shape(make, params), mesh))(params)
+
+
+def state_of(params, optimizer):
+  """TrainState at step 0."""
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+
+def make_step(loss, optimizer, lr, micro_batches=1):
+  """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+  `loss(params, batch) -> (share, sums)`: see `losses.next_token`. The global batch is cut into
+  `micro_batches` along its rows and their gradients added.
+  """
+  def step(state, batch):
+    totals = dict(total_weight=_targets(batch['weight_BT']).sum(),
+                  total_tokens=(batch['segment_BT'] > 0).sum().astype(jnp.float32))
+    value, sums, grads = _accumulate(loss, state.params, batch, totals, micro_batches)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    updates, opt = optimizer.update(grads, state.opt, state.params)
+    rate = lr(state.step)
+    params = jax.tree.map(lambda w, u: w - (rate * u).astype(w.dtype), state.params, updates)
+    params, opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old),
+                               (params, opt), (state.params, state.opt))
+    skip = 1 - finite.astype(jnp.int32)
+    state = TrainState(state.step + 1, params, opt, state.skipped + skip, (state.streak + skip) * skip)
+    return state, dict(loss=sums.pop('nll') / totals['total_weight'], grad_norm=norm, lr=rate,
+                       tokens=totals['total_weight'], skipped=state.skipped, streak=state.streak,
+                       **_expert_load(sums))
+  return step
+
+
+def _targets(weight_BT):
+  return weight_BT.at[:, 0].set(0)
+
+
+def _expert_load(sums):
+  """Balance terms, and the busiest expert's load against the mean (1 is even), worst layer."""
+  if 'count_LE' not in sums:
+    return {}
+  count_LE = sums['count_LE']
+  return dict(balance=sums['balance'], router_z=sums['router_z'], expert_load_LE=count_LE,
+              expert_peak=jnp.max(count_LE.max(-1) / jnp.maximum(count_LE.mean(-1), 1e-9)))
+
+
+def _accumulate(loss, params, batch, totals, micro_batches):
+  """Loss, metric sums and gradients of the whole batch, summed over its micro-batches."""
+  grad = jax.value_and_grad(loss, has_aux=True)
+  counts = jnp.zeros((sum(s for _, s in _moe_layers(params)), params.spec.experts))
+  if micro_batches == 1:
+    (value, sums), grads = grad(params, batch | totals | dict(count_LE=counts))
+    return value, sums, grads
+  parts = {name: _rows_in_parts(x, micro_batches, name) for name, x in batch.items()}
+
+  def visit(carry, part):
+    part = part | totals | dict(count_LE=carry[1].get('count_LE', counts))
+    (value, sums), grads = grad(params, part)
+    return jax.tree.map(jnp.add, carry, (value, sums, grads)), None
+
+  shape = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts) | totals |
+                         dict(count_LE=counts))
+  (value, sums), grads = shape
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, sums, grads))
+  return jax.lax.scan(visit, zero, parts)[0]
+
+
+def _moe_layers(params):
+  return [(layer, int(params.spec.sparse(layer))) for layer in range(params.spec.layers)]
+
+
+def _rows_in_parts(x, parts, name):
+  """(B, ...) -> (parts, B / parts, ...): every part takes rows of every device."""
+  B = x.shape[0]
+  if B % parts:
+    raise ValueError(f'{B} rows cannot be cut into {parts} micro-batches; '
+                     'batch must be a multiple of micro_batches')
+  x = x.reshape(B // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+  return jax.vmap(lambda x: alphabet.constrain(x, alphabet.letters(name)))(x)
