@@ -168,7 +168,9 @@ def by_length(source, encode, low, high, cut=False, join=None):
   if getattr(source, 'sizes', None) is None:
     raise ValueError(f'source {source.name} does not know the sizes of its documents')
   lengths = source.sizes * density(source, encode) + 1
-  parts = np.ceil(lengths / high).astype(int) if cut else np.ones(len(lengths), int)
+  parts = np.ones(len(lengths), int)
+  if cut:  # parts stay somewhat below `high`, lest an estimate too low costs the end of each
+    parts = np.where(lengths > high, np.ceil(lengths / (low + 3 * high) * 4), 1).astype(int)
   fits = (lengths / parts >= low) & (lengths / parts <= high)
   pieces = [(i, 1, part, parts[i]) for i in np.flatnonzero(fits) for part in range(parts[i])]
   groups = getattr(source, 'groups', None)

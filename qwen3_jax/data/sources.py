@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import re
+import secrets
 import sysconfig
 import tokenize
 import zlib
@@ -242,7 +243,7 @@ def _open_file(path, cache):
 @contextlib.contextmanager
 def _replace(path):
   """A file that appears under `path` only when it was written whole."""
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  temporary = path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, 'wb') as file:
