@@ -1,0 +1,77 @@
+"""The chunked head equals its plain meaning, alone and on meshes."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen3_jax import mesh as alphabet
+from qwen3_jax.kernels import head, reference
+
+
+def make_inputs(B=4, T=10, D=8, V=24, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 4)
+  hidden = jax.random.normal(keys[0], (B, T, D))
+  weights = jax.random.normal(keys[1], (V, D))
+  target = jax.random.randint(keys[2], (B, T), 0, V)
+  weight = jax.random.uniform(keys[3], (B, T)) * (jnp.arange(T) % 3 > 0)
+  return hidden, weights, target, weight
+
+
+def value_and_gradients(function, hidden, weights, target, weight):
+  def total(hidden, weights):
+    return 3 * function(hidden, weights, target, weight)
+  return jax.value_and_grad(total, (0, 1))(hidden, weights)
+
+
+def compare(got, want, rtol=1e-5):
+  np.testing.assert_allclose(got[0], want[0], rtol=rtol)
+  for a, b in zip(got[1], want[1]):
+    assert a.dtype == b.dtype
+    assert np.linalg.norm(np.float32(a) - np.float32(b)) <= rtol * np.linalg.norm(np.float32(b))
+
+
+@pytest.mark.parametrize('tokens', [12, 16, 4, 1000])
+def test_values_and_gradients_in_chunks(monkeypatch, tokens):
+  """Chunks of 3, 4, 1 and all positions of 10: the first two do not divide the row."""
+  monkeypatch.setattr(head, 'TOKENS', tokens)
+  inputs = make_inputs()
+  run = jax.jit(functools.partial(value_and_gradients, head.cross_entropy))
+  compare(run(*inputs), value_and_gradients(reference.cross_entropy, *inputs))
+  np.testing.assert_allclose(jax.jit(lambda *a: head.cross_entropy(*a))(*inputs),
+                             reference.cross_entropy(*inputs), rtol=1e-5)
+
+
+def test_large_logits_and_no_weight_stay_finite():
+  hidden, weights, target, weight = make_inputs()
+  inputs = hidden * 100, weights * 100, target, weight
+  compare(value_and_gradients(head.cross_entropy, *inputs),
+          value_and_gradients(reference.cross_entropy, *inputs))
+  value, gradients = value_and_gradients(head.cross_entropy, hidden, weights, target, weight * 0)
+  assert value == 0 and all((g == 0).all() for g in gradients)
+
+
+def test_no_logits_of_all_tokens(monkeypatch):
+  monkeypatch.setattr(head, 'TOKENS', 8)
+  inputs = make_inputs(B=2, T=12, V=48)
+  run = functools.partial(value_and_gradients, head.cross_entropy)
+  text = str(jax.make_jaxpr(run)(*inputs))
+  assert '2,4,48' in text and '2,12,48' not in text and '24,48' not in text
+
+
+@pytest.mark.parametrize('shape', [dict(fsdp=4), dict(tensor=2, fsdp=2), dict(data=2, fsdp=2),
+                                   dict(context=2, tensor=2)], ids=str)
+def test_on_a_mesh_equals_alone(monkeypatch, shape):
+  monkeypatch.setattr(head, 'TOKENS', 6)
+  inputs = make_inputs()
+  want = value_and_gradients(reference.cross_entropy, *inputs)
+  mesh = alphabet.make_mesh(shape)
+  named = dict(zip(('hidden_BTD', 'head_VD', 'target_BT', 'weight_BT'), inputs))
+  layout = alphabet.shardings(named, mesh)
+  placed = [jax.device_put(array, layout[name]) for name, array in named.items()]
+  with jax.set_mesh(mesh):
+    got = jax.jit(functools.partial(value_and_gradients, head.cross_entropy))(*placed)
+    loss = jax.jit(lambda *a: head.cross_entropy(*a))(*placed)
+  compare(got, want)
+  np.testing.assert_allclose(3 * loss, want[0], rtol=1e-5)
