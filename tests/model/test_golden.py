@@ -116,7 +116,7 @@ def losses(model, tokens_BT, mask_BT, ce_weight, aux_weight):
   weight_BT = jnp.pad(mask_BT[:, 1:], ((0, 0), (0, 1))).astype(jnp.float32)
   target_BT = jnp.roll(tokens_BT, -1, axis=1)
   ce = cross_entropy(out.hidden_BTD, model.head(), target_BT, weight_BT) / weight_BT.sum()
-  aux = hf_balance_loss(out.balance, model.spec.chosen) if model.spec.experts else 0.
+  aux = hf_balance_loss(out.balance) if model.spec.experts else 0.
   return ce_weight * ce + aux_weight * aux, (ce, aux)
 
 
