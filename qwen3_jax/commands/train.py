@@ -1,8 +1,11 @@
 """Trains one stage: `--config` says which, `--workdir` keeps everything it writes.
 
 Run the same command again and it continues from its last checkpoint, bit for bit. Any field of the
-config can be set: --config.optim.peak_lr=1e-4. Exit codes: 0 done, 42 stopped by SIGTERM and saved,
-78 something in the config is wrong, 2 other bad input.
+config can be set: --config.optim.peak_lr=1e-4.
+
+Exit codes: 0 done; 42 stopped by SIGTERM and saved, run it again; 78 the config cannot be read (no
+such file, size or key, a value of the wrong type); 2 anything else that is wrong with the input
+(values that do not fit, data, tokenizer, checkpoints, a full disk); 3 training diverged.
 
 Examples:
   python -m qwen3_jax train --config=configs/s1.py:tiny --workdir=runs/s1
@@ -16,16 +19,20 @@ from etils import epath
 from qwen3_jax.commands import config as configs
 
 CONFIG_ERROR = 78
+DIVERGED = 3
+
+# What a run that is continued may change: how far, how often, on which machine; not what it learns.
+FREE = ('steps', 'save_every', 'keep', 'evaluate_every', 'mesh', 'remat', 'micro_batches')
 
 
 def add_arguments(parser):
   parser.add_argument('--config', required=True, metavar='FILE:ARG', help='e.g. configs/s1.py:0.6b')
   parser.add_argument('--workdir', required=True, metavar='DIR',
                       help='checkpoints, metrics, config and tokenizer go here')
-  parser.add_argument('--init', metavar='DIR', help='start from the weights of a workdir, a recipe or '
-                      'a Hugging Face folder (and use its tokenizer)')
-  parser.add_argument('--tokenizer', metavar='DIR', help='tokenizer folder or file; default: that of '
-                      '--init, else one is trained on the data')
+  parser.add_argument('--init', metavar='DIR', help='start from the weights of a workdir, a recipe '
+                      'or a Hugging Face folder (and use its tokenizer)')
+  parser.add_argument('--tokenizer', metavar='DIR', help='tokenizer folder or file; default: that '
+                      'of --init, else one is trained on the data')
 
 
 def main(args):
@@ -52,22 +59,29 @@ def train(config, workdir):
   except Preempted as e:
     print(e, file=sys.stderr)
     return EXIT_CODE
+  except FloatingPointError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return DIVERGED
   return 0
 
 
 def claim(workdir, config):
-  """Writes the config into a new workdir; ValueError where it holds another run's.
+  """Writes the config into a workdir; ValueError where it holds another run's.
 
-  `steps` may grow, and what only concerns reporting may change, in a run that is continued.
+  Fields in FREE may differ. A run that never saved a checkpoint has no claim: what it left (a
+  tokenizer, perhaps of other data) goes.
   """
   path = workdir / 'config.json'
   if path.exists():
-    free = ('config.steps:', 'config.save_every:', 'config.keep:', 'config.evaluate_every:')
+    free = tuple(f'config.{field}{end}' for field in FREE for end in '.:')
     other = [line for line in configs.diff(json.loads(path.read_text()), config)
              if not line.startswith(free)]
+    if other and any((workdir / 'checkpoints').glob('*/MANIFEST.json')):
+      shown = '; '.join(other[:4] + [f'and {len(other) - 4} more'] * (len(other) > 4))
+      raise ValueError(f'{workdir} belongs to a run with another config ({shown}). Use the same '
+                       'settings to continue it, or another --workdir')
     if other:
-      raise ValueError(f'{workdir} belongs to a run with another config:\n  ' + '\n  '.join(other) +
-                       '\nUse the same settings to continue it, or another --workdir')
+      (workdir / 'tokenizer').rmtree(missing_ok=True)
   workdir.mkdir(parents=True, exist_ok=True)
   new = path.parent / 'config.json.new'
   new.write_text(configs.to_json(config))
@@ -75,23 +89,23 @@ def claim(workdir, config):
 
 
 def prepare_tokenizer(config, workdir):
-  """The run's tokenizer, in workdir/tokenizer: the one given, that of `init`, or one trained now."""
+  """The run's tokenizer, in workdir/tokenizer: that given, that of `init`, or one trained now."""
   from qwen3_jax.data import sources
-  from qwen3_jax.stages import load
+  from qwen3_jax.stages import load, pretrain
   from qwen3_jax.text import tokenizer as text
-  folder = workdir / 'tokenizer'
+  folder, new = workdir / 'tokenizer', workdir / 'tokenizer.new'
   if folder.exists():
     return text.Tokenizer(folder)
+  new.rmtree(missing_ok=True)
   if config.data.tokenizer:
-    text.Tokenizer(config.data.tokenizer).save(folder)
+    text.Tokenizer(config.data.tokenizer).save(new)
   elif config.init:
     kind, found = load.find(config.init)
-    text.Tokenizer(found if kind == 'hf' else found / 'tokenizer').save(folder)
+    text.Tokenizer(found if kind == 'hf' else found / 'tokenizer').save(new)
   else:
+    opened = [sources.open_source(spec, 'train') for spec, _ in pretrain.source_shares(config)]
     print(f'training a tokenizer of {config.data.tokenizer_size} ids on the data', flush=True)
-    if not config.data.sources:
-      raise ValueError('config.data.sources is None: say what to train on')
-    opened = [sources.open_source(spec, 'train') for spec, _ in config.data.sources]
     texts = (source[i] for source in opened for i in range(min(len(source), 20_000)))
-    return text.train(texts, config.data.tokenizer_size, folder)
+    text.train(texts, config.data.tokenizer_size, new)
+  new.rename(folder)
   return text.Tokenizer(folder)

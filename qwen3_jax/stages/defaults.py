@@ -6,10 +6,10 @@ from ml_collections import ConfigDict
 from qwen3_jax.spec import RELEASED, Spec
 
 TINY = dict(
-    tiny=Spec(layers=4, width=128, heads=4, kv_heads=2, mlp=384, vocab=2048, head_width=32, tied=True,
-              max_position=1024, stop_ids=()),
-    moe=Spec(layers=4, width=128, heads=4, kv_heads=2, mlp=384, vocab=2048, head_width=32, tied=True,
-             max_position=1024, stop_ids=(), experts=16, chosen=4, expert_mlp=96))
+    tiny=Spec(layers=4, width=128, heads=4, kv_heads=2, mlp=384, vocab=2048, head_width=32,
+              tied=True, max_position=1024, stop_ids=()),
+    moe=Spec(layers=4, width=128, heads=4, kv_heads=2, mlp=384, vocab=2048, head_width=32,
+             tied=True, max_position=1024, stop_ids=(), experts=16, chosen=4, expert_mlp=96))
 
 # Peak learning rate and rows of 4,096 tokens a step. Qwen's are unpublished (they come from scaling
 # laws that were not released); these are ours, in the range of comparable open runs, not measured.
@@ -31,13 +31,14 @@ def pretraining(stage, arg, tokens):
   spec = TINY['moe' if options else 'tiny'] if small else RELEASED[f'{size}-base']
   peak, rows = (4e-3, 16) if small else RECIPES[size]
   config = ConfigDict(dict(
-      stage=stage, seed=0, init=None, model=_fields(spec), mesh={}, dtype='float32' if small else
-      'bfloat16', remat='none' if small else 'full', micro_batches=1,
+      stage=stage, seed=0, init=None, model=_fields(spec),
+      mesh=dict(data=1, fsdp=None, context=1, tensor=1),  # None: the devices that remain
+      dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', micro_batches=1,
       balance=0.008 if spec.experts else None,  # global-batch weight (2501.11873): HF's 0.001 x 8
       router_z=0.001 if spec.experts else None,
       steps=tokens // (rows * 4096), save_every=1000, keep=3, evaluate_every=1000,
-      data=dict(sources=None, heldout=(), batch=rows, length=4096, length_mix=None, heldout_batches=8,
-                tokenizer=None, tokenizer_size=2048),
+      data=dict(sources=None, heldout=(), batch=rows, length=4096, length_mix=None,
+                heldout_batches=8, tokenizer=None, tokenizer_size=2048),
       optim=dict(schedule='constant', peak_lr=peak, warmup=2000, final=0.1, decay=0.2, b1=0.9,
                  b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)), type_safe=False)
   config.model.rope_theta = 1e4  # S3 raises it

@@ -17,12 +17,13 @@ def spec_from(fields):
   """Spec from the `model` section of a config (a ConfigDict, or what config.json holds)."""
   fields = dict(fields)
   yarn = fields.get('yarn')
-  return Spec(**fields | dict(mlp_only=tuple(fields['mlp_only']), stop_ids=tuple(fields['stop_ids']),
-                              yarn=None if yarn is None else Yarn(**dict(yarn))))
+  return Spec(**fields | dict(
+    mlp_only=tuple(fields['mlp_only']), stop_ids=tuple(fields['stop_ids']),
+    yarn=None if yarn is None else Yarn(**dict(yarn))))
 
 
 def find(folder):
-  """('hf' or 'run', the folder itself); of a recipe's workdir, its last stage that has a checkpoint.
+  """('hf' or 'run', the folder); of a recipe's workdir, its last stage that has a checkpoint.
 
   Raises FileNotFoundError saying what was looked for.
   """
@@ -32,8 +33,8 @@ def find(folder):
     return 'hf', folder
   if config and 'model' in config:
     return 'run', folder
-  stages = json.loads((folder / 'recipe.json').read_text()) if (folder / 'recipe.json').exists() else []
-  for stage in reversed(stages):
+  recipe = folder / 'recipe.json'
+  for stage in reversed(json.loads(recipe.read_text()) if recipe.exists() else []):
     if (folder / stage / 'config.json').exists() and checkpoint.Checkpoints(
         folder / stage / 'checkpoints').latest() is not None:
       return 'run', folder / stage
@@ -73,7 +74,8 @@ def load_params(folder, spec, mesh):
     return _load_run(folder, spec, mesh, jnp.float32)
   theirs = Spec.from_hf(folder)
   for field in ('layers', 'width', 'heads', 'kv_heads', 'head_width', 'mlp', 'vocab', 'tied',
-                'experts', 'chosen', 'expert_mlp', 'qk_norm', 'qkv_bias'):
+                'experts', 'chosen', 'expert_mlp', 'sparse_step', 'mlp_only', 'renormalise',
+                'qk_norm', 'qkv_bias', 'norm_eps'):
     if getattr(theirs, field) != getattr(spec, field):
       raise ValueError(f'{folder} has {field} {getattr(theirs, field)}, config.model.{field} is '
                        f'{getattr(spec, field)}; choose the config of that size')

@@ -16,7 +16,8 @@ def fit(state, step, draw, *, steps, checkpoints, metrics, cursor=dict, config=N
 
   `step(state, batch) -> (state, values)` is jitted and donates its state; `draw(params, n)` gives
   the batch of step n (from 0), `cursor()` the data's position behind what was drawn, saved beside
-  the state. `evaluate(params)` gives a dict of values, every `evaluate_every` steps and at the end.
+  the state. `evaluate(params)` gives a dict of values, every `evaluate_every` steps and at the end;
+  without `save_every` or `evaluate_every` only at the end.
   Raises Preempted after SIGTERM, FloatingPointError when updates were not finite PATIENCE times in
   a row: what is saved is then from before, or unharmed (such updates are skipped whole).
   """
@@ -25,11 +26,11 @@ def fit(state, step, draw, *, steps, checkpoints, metrics, cursor=dict, config=N
       state, values = step(state, draw(state.params, number - 1))
       _stop_if_diverged(metrics.write(number, values))
       last = number == steps
-      if evaluate and (number % evaluate_every == 0 or last):
+      if evaluate and (_due(number, evaluate_every) or last):
         with metrics.paused():
           metrics.write(number, evaluate(state.params))
       leave = preemption.should_stop(number)
-      if number % save_every == 0 or last or leave:
+      if _due(number, save_every) or last or leave:
         _stop_if_diverged(metrics.flush())
         checkpoints.save(number, state, cursor(), config or {})
       if leave and not last:
@@ -38,6 +39,10 @@ def fit(state, step, draw, *, steps, checkpoints, metrics, cursor=dict, config=N
                         'run the same command to continue')
   checkpoints.wait()
   return state
+
+
+def _due(number, every):
+  return bool(every) and number % every == 0
 
 
 def _stop_if_diverged(line):
@@ -49,13 +54,13 @@ def _stop_if_diverged(line):
 
 
 def evaluator(loss, batches):
-  """`evaluate(params) -> {'heldout_loss': mean nll}` over fixed batches of global arrays."""
+  """`evaluate(params) -> {name: mean nll}` over the fixed batches (global arrays) of each name."""
   @jax.jit
   def one(params, batch):
     return loss(params, batch)[1]
 
-  def evaluate(params):
+  def mean(params, batches):
     sums = [one(params, batch) for batch in batches]
     nll, weight = (float(sum(s[name] for s in sums)) for name in ('nll', 'weight'))
-    return dict(heldout_loss=nll / max(weight, 1))
-  return evaluate
+    return nll / max(weight, 1)
+  return lambda params: {name: mean(params, each) for name, each in batches.items()}

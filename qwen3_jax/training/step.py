@@ -7,6 +7,7 @@ import optax
 from flax import struct
 
 from qwen3_jax import mesh as alphabet
+from qwen3_jax.training import losses
 
 
 @struct.dataclass
@@ -20,20 +21,18 @@ class TrainState:
 
 
 def initial_state(make_params, optimizer, mesh=None):
-  """TrainState on `mesh`, made sharded; `make_params()` builds the model (traced, never run whole)."""
+  """TrainState on `mesh`, made sharded; `make_params()` builds the model (only ever traced)."""
   def make():
     return state_of(make_params(), optimizer)
-  if mesh is None:
-    return jax.jit(make)()
-  return jax.jit(make, out_shardings=alphabet.shardings(jax.eval_shape(make), mesh))()
+  out = mesh and alphabet.shardings(jax.eval_shape(make), mesh)
+  return jax.jit(make, out_shardings=out)()
 
 
 def state_from(params, optimizer, mesh=None):
-  """TrainState around weights that exist (a checkpoint, a Hugging Face folder)."""
+  """TrainState around weights that exist (a checkpoint, a Hugging Face folder); takes them over."""
   make = functools.partial(state_of, optimizer=optimizer)
-  if mesh is None:
-    return jax.jit(make)(params)
-  return jax.jit(make, out_shardings=alphabet.shardings(jax.eval_shape(make, params), mesh))(params)
+  out = mesh and alphabet.shardings(jax.eval_shape(make, params), mesh)
+  return jax.jit(make, out_shardings=out, donate_argnums=0)(params)
 
 
 def state_of(params, optimizer):
@@ -60,10 +59,11 @@ def make_step(loss, optimizer, lr, micro_batches=1):
     params, opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old),
                                (params, opt), (state.params, state.opt))
     skip = 1 - finite.astype(jnp.int32)
-    state = TrainState(state.step + 1, params, opt, state.skipped + skip, (state.streak + skip) * skip)
+    state = TrainState(state.step + 1, params, opt, state.skipped + skip,
+                       (state.streak + skip) * skip)
     return state, dict(loss=sums.pop('nll') / totals['total_weight'], grad_norm=norm, lr=rate,
                        tokens=totals['total_weight'], skipped=state.skipped, streak=state.streak,
-                       **_expert_load(sums))
+                       **_expert_load(sums, totals['total_tokens']))
   return step
 
 
@@ -71,19 +71,24 @@ def _targets(weight_BT):
   return weight_BT.at[:, 0].set(0)
 
 
-def _expert_load(sums):
-  """Balance terms, and the busiest expert's load against the mean (1 is even), worst layer."""
+def _expert_load(sums, tokens):
+  """Balance terms, and the busiest expert's load against the mean (1 is even), worst layer.
+
+  `balance` is that of the whole step, whatever the number of micro-batches it was cut into.
+  """
   if 'count_LE' not in sums:
     return {}
   count_LE = sums['count_LE']
-  return dict(balance=sums['balance'], router_z=sums['router_z'], expert_load_LE=count_LE,
+  balance = losses.balance_loss(count_LE, sums['probability_LE'], tokens).mean()
+  return dict(balance=balance, router_z=sums['router_z'], expert_load_LE=count_LE,
               expert_peak=jnp.max(count_LE.max(-1) / jnp.maximum(count_LE.mean(-1), 1e-9)))
 
 
 def _accumulate(loss, params, batch, totals, micro_batches):
   """Loss, metric sums and gradients of the whole batch, summed over its micro-batches."""
   grad = jax.value_and_grad(loss, has_aux=True)
-  counts = jnp.zeros((sum(s for _, s in _moe_layers(params)), params.spec.experts))
+  spec = params.spec
+  counts = jnp.zeros((sum(map(spec.sparse, range(spec.layers))), spec.experts))
   if micro_batches == 1:
     (value, sums), grads = grad(params, batch | totals | dict(count_LE=counts))
     return value, sums, grads
@@ -94,15 +99,10 @@ def _accumulate(loss, params, batch, totals, micro_batches):
     (value, sums), grads = grad(params, part)
     return jax.tree.map(jnp.add, carry, (value, sums, grads)), None
 
-  shape = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts) | totals |
-                         dict(count_LE=counts))
-  (value, sums), grads = shape
+  first = jax.tree.map(lambda x: x[0], parts) | totals | dict(count_LE=counts)
+  (value, sums), grads = jax.eval_shape(grad, params, first)
   zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, sums, grads))
   return jax.lax.scan(visit, zero, parts)[0]
-
-
-def _moe_layers(params):
-  return [(layer, int(params.spec.sparse(layer))) for layer in range(params.spec.layers)]
 
 
 def _rows_in_parts(x, parts, name):
