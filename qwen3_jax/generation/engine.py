@@ -16,6 +16,7 @@ from flax import struct
 from qwen3_jax.generation import thinking
 from qwen3_jax.generation.sampling import Sampling, Settings, logp_of, sample
 from qwen3_jax.mesh import constrain
+from qwen3_jax.model import rope
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.transformer import Qwen3
 from qwen3_jax.text.template import render
@@ -246,7 +247,10 @@ def decode(decoder, state, rows, room, chunk, with_routes):
   which the first `steps` are written: token, real (the row was alive), forced, logp,
   logp_untempered and, where asked for, routes.
   """
-  _, shapes = jax.eval_shape(functools.partial(_step, decoder, rows, with_routes), state)
+  slots = jnp.arange(state.cache.segment_BS.shape[1])
+  rotation = rope.rotation(slots[None], *rope.spec_frequencies(decoder.model.spec))
+  advance = functools.partial(_step, decoder, rows, with_routes, [turn[0] for turn in rotation])
+  _, shapes = jax.eval_shape(advance, state)
   columns = {name: jnp.zeros((chunk, *x.shape), x.dtype) for name, x in shapes.items()}
   steps = jnp.minimum(room, chunk)
 
@@ -256,14 +260,14 @@ def decode(decoder, state, rows, room, chunk, with_routes):
 
   def step(carry):
     i, state, columns = carry
-    state, column = _step(decoder, rows, with_routes, state)
+    state, column = advance(state)
     return i + 1, state, {name: columns[name].at[i].set(column[name]) for name in columns}
 
   i, state, columns = jax.lax.while_loop(more, step, (jnp.int32(0), state, columns))
   return state, columns, i, state.alive_B.any()
 
 
-def _step(decoder, rows, with_routes, state):
+def _step(decoder, rows, with_routes, rotation, state):
   """Draws one token a row, and runs the model on it: (state, what is kept of the step)."""
   logits_BV = jnp.dot(state.hidden_BD, decoder.head_DV, preferred_element_type=jnp.float32)
   token_B, logp_B, plain_B = sample(constrain(logits_BV, 'BV'), rows.settings, state.count_B,
@@ -279,7 +283,8 @@ def _step(decoder, rows, with_routes, state):
   count_B = state.count_B + alive_B
   stopped_B = (token_B[:, None] == rows.stop_BJ).any(-1) & ~forced_B
   out = decoder.model(token_B[:, None], alive_B[:, None].astype(jnp.int32),
-                      state.position_B[:, None], state.cache)
+                      state.position_B[:, None], state.cache,
+                      rotation=[turn[state.position_B][:, None] for turn in rotation])
   column = dict(token=token_B, real=alive_B, forced=forced_B, logp=logp_B, logp_untempered=plain_B)
   if with_routes:
     column['routes'] = out.routes[:, :, 0].swapaxes(0, 1)

@@ -87,7 +87,9 @@ def sample(logits_BV, settings, count_B, seen_BV=None):
   is set. `logp_B` is under the distribution drawn from (0 where greedy), `logp_untempered_B` under
   the plain softmax of the model over all V, which is what a training loss sees.
   """
-  drawable_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < settings.size, logits_BV, NEVER)
+  drawable_BV = logits_BV
+  if settings.size < logits_BV.shape[1]:
+    drawable_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < settings.size, logits_BV, NEVER)
   if settings.penalised:
     drawable_BV = drawable_BV - settings.presence_B[:, None] * seen_BV
   best_B = argmax(drawable_BV)

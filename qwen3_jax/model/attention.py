@@ -55,4 +55,5 @@ class Attention(nnx.Module):
     else:
       kv = kv.extend(k_BTKH, v_BTKH, context.start)
       o_BTNH = kv.attend(q_BTNH, context)
-    return jnp.einsum('BTNH,NHD->BTD', o_BTNH, self.o_NHD[...].astype(x_BTD.dtype)), kv
+    o_NHD = self.o_NHD[...].astype(x_BTD.dtype)  # flat: XLA on CPU copies weights contracted over two axes
+    return o_BTNH.reshape(*x_BTD.shape[:2], -1) @ o_NHD.reshape(-1, x_BTD.shape[2]), kv

@@ -78,21 +78,23 @@ class Qwen3(nnx.Module):
       self.head_VD = nnx.Param(init(rngs.params(), (V, D), jnp.float32))
 
   def __call__(self, tokens_BT, segment_BT=None, position_BT=None, cache=None, routes=None,
-               remat='none', dtype=None):
+               remat='none', dtype=None, rotation=None):
     """Hidden states of `tokens_BT`; see `Output`.
 
     Segment 0 is padding; other tokens attend causally within their own segment. Without
     `position_BT`, positions count from 0 in each segment. With `cache`, the tokens continue it.
     `routes` (MoE layers, B, T, X) replays routing. `dtype`: that of activations and matmuls, the
-    weights' own by default.
+    weights' own by default. `rotation`: the tokens' cosines and sines, where the caller has them
+    already (inside a loop XLA would compute them again in every layer).
     """
     dtype = dtype or self.embed_VD.dtype
     if segment_BT is None:
       segment_BT = jnp.ones(tokens_BT.shape, jnp.int32)
     if position_BT is None:
       position_BT = default_position(segment_BT, cache)
-    freq, scale = rope.spec_frequencies(self.spec)
-    context = Context(rope.rotation(position_BT, freq, scale), segment_BT)
+    if rotation is None:
+      rotation = rope.rotation(position_BT, *rope.spec_frequencies(self.spec))
+    context = Context(rotation, segment_BT)
     if cache is not None:
       segment_BS = jax.lax.dynamic_update_slice(cache.segment_BS, segment_BT, (0, cache.length))
       context = context.replace(segment_BS=segment_BS, start=cache.length)
