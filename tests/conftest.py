@@ -1,6 +1,8 @@
-"""Four fake CPU devices for every test, and where the oracle data lie."""
+"""Four fake CPU devices for every test, where oracle data lie, and the smallest training run."""
 
+import json
 import os
+import random
 from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -57,3 +59,32 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(
       f'error: {config.stash[_FORBIDDEN]} tests skipped in CI although ../shared is present '
       '(only reasons that begin with "needs hardware" may skip)', red=True)
+
+
+SMALLEST = {
+  'model.layers': 2, 'model.width': 32, 'model.heads': 2, 'model.kv_heads': 1,
+  'model.head_width': 16, 'model.mlp': 64, 'model.vocab': 320, 'data.tokenizer_size': 310,
+  'data.batch': 4, 'data.length': 64, 'data.heldout_batches': 2, 'optim.warmup': 2}
+
+
+@pytest.fixture(scope='session')
+def smallest(tmp_path_factory):
+  """Function from changed fields to the overrides of a training run of 30,000 weights.
+
+  It trains on 400 short JSON records of its own, with a tokenizer made here once.
+  """
+  from qwen3_jax.text import tokenizer
+  folder = tmp_path_factory.mktemp('smallest')
+  words = 'one cat sat on 12 mats and ran far over green hills while birds sang of 345 seas'.split()
+  draw = random.Random(0)
+  texts = [' '.join(draw.choices(words, k=draw.randint(20, 80))) for _ in range(400)]
+  (folder / 'records.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+  tokenizer.train(texts, SMALLEST['data.tokenizer_size'], folder / 'tokenizer')
+  own = {'data.sources': ((str(folder / 'records.jsonl'), 1.0),),
+         'data.heldout': (str(folder / 'records.jsonl'), 'tasks:size=40'),
+         'data.tokenizer': str(folder / 'tokenizer')}
+
+  def override(**changes):
+    changes = {key.replace('__', '.'): value for key, value in changes.items()}
+    return [f'--config.{key}={value}' for key, value in (SMALLEST | own | changes).items()]
+  return override

@@ -1,5 +1,4 @@
 """Models from where they lie: a Hugging Face folder, a run's workdir, a recipe's workdir."""
-import functools
 import json
 
 import jax
@@ -49,7 +48,7 @@ def _read_config(folder):
 
 
 def load(folder, mesh=None, dtype=jnp.bfloat16):
-  """The model in `folder` (see `find`), its weights cast to `dtype`, sharded on `mesh`."""
+  """The model in `folder` (see `find`), its matrices cast to `dtype`, sharded on `mesh`."""
   kind, folder = find(folder)
   if kind == 'hf':
     return hf.load(folder, mesh, dtype)
@@ -85,8 +84,8 @@ def load_params(folder, spec, mesh):
 
 
 def _load_run(folder, spec, mesh, dtype):
-  shapes = jax.eval_shape(functools.partial(transformer.make, spec))
+  shapes = jax.eval_shape(lambda: transformer.cast(transformer.make(spec), dtype or jnp.float32))
   mesh = mesh or alphabet.make_mesh(dict(fsdp=1), jax.local_devices()[:1])
-  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                           shapes, alphabet.shardings(shapes, mesh))
   return checkpoint.restore_subtree(folder / 'checkpoints', 'params', abstract)

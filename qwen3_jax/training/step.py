@@ -51,7 +51,7 @@ def make_step(loss, optimizer, lr, micro_batches=1):
     totals = dict(total_weight=_targets(batch['weight_BT']).sum(),
                   total_tokens=(batch['segment_BT'] > 0).sum().astype(jnp.float32))
     value, sums, grads = _accumulate(loss, state.params, batch, totals, micro_batches)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, opt = optimizer.update(grads, state.opt, state.params)
     rate = lr(state.step)

@@ -1,0 +1,125 @@
+"""The files of configs/: each builds for each size, and each of their keys is read by someone."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import jax
+import ml_collections
+import pytest
+from etils import epath
+
+from qwen3_jax.commands import config as configs
+from qwen3_jax.commands import train
+from qwen3_jax.spec import RELEASED, Spec
+from qwen3_jax.stages import load
+from qwen3_jax.stages.defaults import RECIPES
+from qwen3_jax.training import metrics, optim
+
+REPO = Path(configs.__file__).resolve().parents[2]
+FILES = sorted(path.stem for path in (REPO / 'configs').glob('*.py'))
+STAGES = [name for name in FILES if name.startswith('s')]
+TOKENS = dict(s1=30e12, s2=5e12, s3=300e9)
+
+
+@pytest.mark.parametrize('size', [*RECIPES, 'tiny', 'tiny,moe', ''])
+@pytest.mark.parametrize('name', FILES)
+def test_each_file_builds_for_each_size(name, size):
+  config = configs.load_config(f'configs/{name}.py:{size}')
+  if name not in STAGES:
+    assert all(configs.load_config(file) for _, file in config.stages)
+    return
+  spec = load.spec_from(config.model)
+  base = RELEASED.get(f'{size}-base')
+  if base:
+    theta = 1e6 if name == 's3' else 1e4
+    assert spec == dataclasses.replace(base, rope_theta=theta)
+    assert config.steps * config.data.batch * config.data.length == pytest.approx(
+      TOKENS[name], rel=0.01)
+  else:
+    assert spec.parameters() < 4e6 and bool(spec.experts) == (size == 'tiny,moe')
+  assert config.data.length <= spec.max_position
+  assert (config.balance is None) == (config.router_z is None) == (not spec.experts)
+  o = config.optim
+  rate = optim.schedule(o.schedule, o.peak_lr, config.steps, o.warmup, o.final, o.decay)
+  assert 0 < rate(config.steps) < rate(o.warmup) <= o.peak_lr * 1.001
+
+
+def test_learning_rate_goes_down_from_stage_to_stage():
+  rates = []
+  for name in ('s1', 's2'):
+    config = configs.load_config(f'configs/{name}.py:8b')
+    o = config.optim
+    rate = optim.schedule(o.schedule, o.peak_lr, config.steps, o.warmup, o.final, o.decay)
+    rates.append((float(rate(o.warmup)), float(rate(config.steps))))
+  assert rates[1][0] == pytest.approx(rates[0][1])  # S2 starts where S1 ended
+
+
+@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('size', ['7b', 'tiny,mow', '8b,moe'])
+def test_unknown_size_is_refused(name, size):
+  with pytest.raises(ValueError, match=f'config argument {size!r}: want 0.6b, .*, or tiny'):
+    config = configs.load_config(f'configs/{name}.py:{size}')
+    for _, file in getattr(config, 'stages', ()):
+      configs.load_config(file)
+
+
+@pytest.fixture
+def quick_compilation():
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+class Recorded(ml_collections.ConfigDict):
+  """A config that notes in `read` the dotted name of each field that is taken from it."""
+
+  read = set()
+
+  def __getitem__(self, name):
+    Recorded.read.add(self.__dict__.get('_names', {}).get(name))
+    return super().__getitem__(name)
+
+  def to_dict(self, *args, **kwargs):
+    """Writing a config down is not reading it."""
+    before = set(Recorded.read)
+    plain = super().to_dict(*args, **kwargs)
+    Recorded.read.intersection_update(before)
+    return plain
+
+
+def record(config, prefix=''):
+  copy = Recorded()
+  for key, value in config.items():
+    inner = isinstance(value, ml_collections.ConfigDict)
+    copy[key] = record(value, f'{prefix}{key}.') if inner else value
+  object.__setattr__(copy, '_names', {key: f'{prefix}{key}' for key in config})
+  return copy
+
+
+def test_each_key_is_read(smallest, tmp_path, quick_compilation):
+  """A run of two steps takes every field of the config, and the code every field of the spec."""
+  config = configs.load_config('configs/s1.py:tiny,moe', smallest(
+    steps=3, micro_batches=2, data__tokenizer=None, data__heldout=('tasks:size=20',),
+    model__experts=4, model__chosen=2, model__expert_mlp=16))
+  keys = {key for key in configs.flatten(config.to_dict()) if not key.startswith('model.')}
+  recorded = record(config)
+  Recorded.read.clear()
+  assert train.train(recorded, epath.Path(tmp_path)) == 0
+  assert keys - Recorded.read == set()
+  last = metrics.read(tmp_path)[-1]
+  assert last['balance'] > 0 and last['router_z'] > 0 and last['expert_peak'] >= 1
+  assert set(config.model) == {field.name for field in dataclasses.fields(Spec)}
+  assert set(config.model) - attributes_read() == set()
+
+
+def test_each_key_of_the_recipe_is_read():
+  keys = set(configs.load_config('configs/recipe.py:tiny'))
+  assert keys - attributes_read() == set()
+
+
+def attributes_read():
+  """Names of all attributes that the package's code reads from something."""
+  trees = [ast.parse(path.read_text()) for path in (REPO / 'qwen3_jax').rglob('*.py')]
+  return {node.attr for tree in trees for node in ast.walk(tree)
+          if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
