@@ -20,6 +20,9 @@ from qwen3_jax.training.metrics import Metrics
 
 def make_loss(config):
   """loss(params, batch) of a config: compute type, recomputation, balance terms."""
+  for field, known in (('dtype', ('float32', 'bfloat16')), ('remat', transformer.POLICIES)):
+    if config[field] not in known:
+      raise ValueError(f'config.{field} is {config[field]!r}; want one of {", ".join(known)}')
   dtype = jnp.dtype(config.dtype)
 
   def loss(params, batch):
