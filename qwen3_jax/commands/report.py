@@ -21,10 +21,15 @@ def add_arguments(parser):
 
 
 def main(args):
-  workdir = Path(args.workdir)
+  path = Path(args.to) if args.to else None
+  print(f'report: {write(Path(args.workdir), path, args.title)}')
+
+
+def write(workdir, path=None, title=None):
+  """Writes the page of the run in `workdir`; returns its path."""
   stages = read_stages(workdir)
   facts = read_json(workdir / 'facts.json') or {}
-  path = Path(args.to) if args.to else workdir / 'report.html'
-  title = args.title or f'Qwen3 in JAX: {workdir.resolve().name}'
+  path = path or workdir / 'report.html'
+  title = title or f'Qwen3 in JAX: {workdir.resolve().name}'
   write_report(path, title, stages, {'versions': list_versions()} | facts)
-  print(f'report: {path.resolve()}')
+  return path.resolve()

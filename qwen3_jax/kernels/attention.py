@@ -10,16 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MASKED = -1e30  # finite, so that a wholly masked row gives 0 / 0-guarded zeros and not NaN
+MASKED = -1e30  # finite, so that no difference of two of them is NaN
+LOWEST = -1e29  # least running maximum: exp(MASKED - LOWEST) is 0 also where all was masked so far
+UNROLLED = 16  # block pairs; fewer are no loop (XLA:CPU runs a loop's body on one thread)
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, segment_BT, segment_BS, start=0, block=512):
+def attention(q_BTNH, k_BSKH, v_BSKH, segment_BT, segment_BS, start=0, block=None):
   """Causal grouped-query attention within segments; see `reference.attention`.
 
   `start` is the slot of the first query (0 in training; the cache's length in generation, where no
   gradient is needed). Lengths need not be multiples of `block`.
   """
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  block = block or (128 if T <= 512 else 512)
   if isinstance(start, int) and start == 0 and T == S:
     return _causal(q_BTNH, k_BSKH, v_BSKH, segment_BT, min(block, T))
   return _forward(q_BTNH, k_BSKH, v_BSKH, segment_BT, segment_BS, start, min(block, T), min(block, S))[0]
@@ -62,6 +65,11 @@ def _key_blocks(x_BSKH, block):
   return x_BSKH.reshape(B, S // block, block, K, H).transpose(1, 0, 3, 2, 4)
 
 
+def _from_key_blocks(x, S):
+  n, B, K, block, H = x.shape
+  return x.transpose(1, 0, 3, 2, 4).reshape(B, n * block, K, H)[:, :S]
+
+
 def _segment_blocks(segment_BT, block, repeat=1):
   B, T = segment_BT.shape
   return jnp.tile(segment_BT.reshape(B, T // block, block).swapaxes(0, 1), (1, 1, repeat))
@@ -76,9 +84,27 @@ def _seen(i, j, q_segment, k_segment, start, block_q, block_k):
   return (same & (k_slot <= q_slot[:, None]))[:, None]
 
 
-def _scores(q, k, seen):
-  s = jnp.einsum('BKRH,BKSH->BKRS', q, k, preferred_element_type=jnp.float32)
-  return jnp.where(seen, s * q.shape[-1] ** -0.5, MASKED)
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _run(visit, carry, owners, pairs):
+  """Visits the block pairs (i, j); `visit(i, j, *own)` returns the new own blocks of the carry.
+
+  Carry c is (blocks, ...) and its block of this pair is number pair[owners[c]]: 0 for a query's, 1
+  for a key's.
+  """
+  if len(pairs) <= UNROLLED:
+    blocks = [list(c) for c in carry]
+    for pair in pairs.tolist():
+      new = visit(*pair, *(c[pair[own]] for c, own in zip(blocks, owners)))
+      for c, own, x in zip(blocks, owners, new):
+        c[pair[own]] = x
+    return [jnp.stack(c) for c in blocks]
+
+  def step(carry, pair):
+    new = visit(*pair, *(c[pair[own]] for c, own in zip(carry, owners)))
+    return tuple(c.at[pair[own]].set(x) for c, own, x in zip(carry, owners, new)), None
+  return jax.lax.scan(step, tuple(carry), pairs)[0]
 
 
 def _forward(q, k, v, q_segment, k_segment, start, block_q, block_k):
@@ -92,54 +118,46 @@ def _forward(q, k, v, q_segment, k_segment, start, block_q, block_k):
   q_segment = _segment_blocks(q_segment, block_q, N // K)
   k_segment = _segment_blocks(k_segment, block_k)
 
-  def visit(carry, pair):
-    o, m, l = carry
-    i, j = pair
-    s = _scores(q[i], k[j], _seen(i, j, q_segment[i], k_segment[j], start, block_q, block_k))
-    m_new = jnp.maximum(m[i], s.max(-1))
-    p = jnp.where(s > MASKED, jnp.exp(s - m_new[..., None]), 0)
-    keep = jnp.exp(m[i] - m_new)
-    pv = jnp.einsum('BKRS,BKSH->BKRH', p.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
-    return (o.at[i].set(o[i] * keep[..., None] + pv), m.at[i].set(m_new),
-            l.at[i].set(l[i] * keep + p.sum(-1))), None
+  def visit(i, j, o, m, l):
+    seen = _seen(i, j, q_segment[i], k_segment[j], start, block_q, block_k)
+    s = jnp.where(seen, _dot('BKRH,BKSH->BKRS', q[i], k[j]) * H ** -0.5, MASKED)
+    m_new = jnp.maximum(m, s.max(-1))
+    p = jnp.exp(s - m_new[..., None])
+    keep = jnp.exp(m - m_new)
+    pv = _dot('BKRS,BKSH->BKRH', p.astype(v.dtype), v[j])
+    return o * keep[..., None] + pv, m_new, l * keep + p.sum(-1)
 
-  o, m, l = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1])
-  (o, m, l), _ = jax.lax.scan(visit, (o, m, l), _pairs(len(q), len(k), causal))
+  o, m, l = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], LOWEST), jnp.zeros(q.shape[:-1])
+  o, m, l = _run(visit, (o, m, l), (0, 0, 0), _pairs(len(q), len(k), causal))
   o = o / jnp.where(l > 0, l, 1)[..., None]
   lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1)), 0)
   return _from_query_blocks(o.astype(dtype), N, T), lse
 
 
 def _causal_backward(block, saved, do):
+  """Gradients of q, k, v. Scores are made transposed (keys x queries): two of the three products
+  that end a pair then need no transposed operand."""
   q, k, v, segment, o, lse = saved
-  T, N, K = q.shape[1], q.shape[2], k.shape[2]
+  T, N, H, K = *q.shape[1:], k.shape[2]
   delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
   q, do, delta = (_query_blocks(_pad(x, block), K, block) for x in (q, do, delta))
   k, v = (_key_blocks(_pad(x, block), block) for x in (k, v))
   segment = _pad(segment, block)
   q_segment, k_segment = _segment_blocks(segment, block, N // K), _segment_blocks(segment, block)
-  scale = q.shape[-1] ** -0.5
 
-  def visit(carry, pair):
-    dq, dk, dv = carry
-    i, j = pair
-    seen = _seen(i, j, q_segment[i], k_segment[j], 0, block, block)
-    s = _scores(q[i], k[j], seen)
-    p = jnp.where(seen, jnp.exp(s - lse[i][..., None]), 0)
-    dp = jnp.einsum('BKRH,BKSH->BKRS', do[i], v[j], preferred_element_type=jnp.float32)
-    ds = (p * (dp - delta[i]) * scale).astype(q.dtype)
-    add = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    return (dq.at[i].add(add('BKRS,BKSH->BKRH', ds, k[j])),
-            dk.at[j].add(add('BKRS,BKRH->BKSH', ds, q[i])),
-            dv.at[j].add(add('BKRS,BKRH->BKSH', p.astype(do.dtype), do[i]))), None
+  def visit(i, j, dq, dk, dv):
+    seen = _seen(i, j, q_segment[i], k_segment[j], 0, block, block).swapaxes(2, 3)
+    s = jnp.where(seen, _dot('BKSH,BKRH->BKSR', k[j], q[i]) * H ** -0.5, MASKED)
+    p = jnp.exp(s - lse[i][:, :, None])
+    dp = _dot('BKSH,BKRH->BKSR', v[j], do[i])
+    ds = (p * (dp - delta[i].swapaxes(2, 3)) * H ** -0.5).astype(q.dtype)
+    return (dq + _dot('BKSR,BKSH->BKRH', ds, k[j]), dk + _dot('BKSR,BKRH->BKSH', ds, q[i]),
+            dv + _dot('BKSR,BKRH->BKSH', p.astype(do.dtype), do[i]))
 
   zero = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
-  (dq, dk, dv), _ = jax.lax.scan(visit, tuple(zero), _pairs(len(q), len(k), True))
-  def keys(x):
-    n, B, K, block, H = x.shape
-    return x.transpose(1, 0, 3, 2, 4).reshape(B, n * block, K, H)[:, :T]
-  return (_from_query_blocks(dq.astype(q.dtype), N, T), keys(dk.astype(k.dtype)),
-          keys(dv.astype(v.dtype)), None)
+  dq, dk, dv = _run(visit, zero, (0, 1, 1), _pairs(len(q), len(k), True))
+  return (_from_query_blocks(dq.astype(q.dtype), N, T), _from_key_blocks(dk.astype(k.dtype), T),
+          _from_key_blocks(dv.astype(v.dtype), T), None)
 
 
 _causal.defvjp(_causal_forward, _causal_backward)

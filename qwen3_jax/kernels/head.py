@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from qwen3_jax import mesh as alphabet
 
 TOKENS = 1024  # tokens of one chunk on one device
+UNROLLED = 4  # chunks; fewer are no loop (XLA:CPU runs a loop's body on one thread)
 
 
 @jax.custom_vjp
@@ -69,19 +70,19 @@ def _local(hidden_BTD, head_VD, target_BT, weight_BT, gradients, vocab_axes=(), 
   first = jax.lax.axis_index(vocab_axes) * head_VD.shape[0] if vocab_axes else 0
   step = functools.partial(_chunk, head_VD=head_VD, first=first, vocab_axes=vocab_axes,
                            gradients=gradients)
-  size = min(T, max(1, TOKENS // B))
-  chunks = [_in_chunks(x, size) for x in (hidden_BTD, target_BT, weight_BT)]
+  chunks = [_in_chunks(x) for x in (hidden_BTD, target_BT, weight_BT)]
+  scan = functools.partial(jax.lax.scan, unroll=len(chunks[0]) <= UNROLLED)
   total = jnp.zeros((), jnp.float32)
   if not gradients:
-    total, _ = jax.lax.scan(lambda t, c: (t + step(*c)[0], None), total, chunks)
+    total, _ = scan(lambda t, c: (t + step(*c)[0], None), total, chunks)
     return jax.lax.psum(total, token_axes) if token_axes else total
 
   def visit(carry, chunk):
     total, d_head = carry
     loss, d_hidden, d_head_chunk = step(*chunk)
     return (total + loss, d_head + d_head_chunk), d_hidden
-  (total, d_head), d_hidden = jax.lax.scan(visit, (total, jnp.zeros(head_VD.shape, jnp.float32)), chunks)
-  d_hidden = d_hidden.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
+  (total, d_head), d_hidden = scan(visit, (total, jnp.zeros(head_VD.shape, jnp.float32)), chunks)
+  d_hidden = _from_chunks(d_hidden, B, T)
   if width_axes:
     d_head = jax.lax.psum_scatter(d_head, width_axes, scatter_dimension=1, tiled=True)
   rest = tuple(axis for axis in token_axes if axis not in width_axes)
@@ -90,31 +91,57 @@ def _local(hidden_BTD, head_VD, target_BT, weight_BT, gradients, vocab_axes=(), 
   return total, (d_hidden, d_head.astype(dtype))
 
 
-def _in_chunks(x, size):
-  """(B, T, ...) -> (chunks, B, size, ...), the last chunk padded with zeros (weight 0)."""
-  x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
-  return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+def _in_chunks(x_BT):
+  """(B, T, ...) -> (chunks, M, ...) with about TOKENS rows M, padded with zeros (weight 0).
+
+  Every chunk takes a stretch of T from all of B.
+  """
+  B, T = x_BT.shape[:2]
+  size = min(T, max(1, TOKENS // B))
+  x = jnp.pad(x_BT, [(0, 0), (0, -T % size)] + [(0, 0)] * (x_BT.ndim - 2))
+  x = x.reshape(B, -1, size, *x.shape[2:]).swapaxes(0, 1)
+  return x.reshape(len(x), B * size, *x.shape[3:])
 
 
-def _chunk(hidden_BTD, target_BT, weight_BT, *, head_VD, first, vocab_axes, gradients):
+def _from_chunks(x, B, T):
+  x = x.reshape(len(x), B, -1, *x.shape[2:]).swapaxes(0, 1)
+  return x.reshape(B, -1, *x.shape[3:])[:, :T]
+
+
+def _chunk(hidden_MD, target_M, weight_M, *, head_VD, first, vocab_axes, gradients):
   """Loss of one chunk and, with `gradients`, its gradients; softmax over all shards of V."""
-  logits = jnp.einsum('BTD,VD->BTV', hidden_BTD, head_VD, preferred_element_type=jnp.float32)
-  top = logits.max(-1)
-  top = jax.lax.pmax(top, vocab_axes) if vocab_axes else top
-  e = jnp.exp(logits - top[..., None])
-  norm = e.sum(-1)
-  here = (target_BT >= first) & (target_BT < first + head_VD.shape[0])
-  index = jnp.where(here, target_BT - first, 0)[..., None]
-  logit = jnp.where(here, jnp.take_along_axis(logits, index, -1)[..., 0], 0)
+  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  logits_MV = dot('MD,VD->MV', hidden_MD, head_VD)
+  top_M = logits_MV.max(-1)
+  top_M = jax.lax.pmax(top_M, vocab_axes) if vocab_axes else top_M
+  norm_M = jnp.exp(logits_MV - top_M[:, None]).sum(-1)
+  here_M = (target_M >= first) & (target_M < first + head_VD.shape[0])
+  index_M1 = jnp.where(here_M, target_M - first, 0)[:, None]
+  logit_M = jnp.where(here_M, jnp.take_along_axis(logits_MV, index_M1, 1)[:, 0], 0)
   if vocab_axes:
-    norm, logit = jax.lax.psum((norm, logit), vocab_axes)
-  loss = jnp.sum(weight_BT * (top + jnp.log(norm) - logit))
+    norm_M, logit_M = jax.lax.psum((norm_M, logit_M), vocab_axes)
+  lse_M = top_M + jnp.log(norm_M)
+  loss = jnp.sum(weight_M * (lse_M - logit_M))
   if not gradients:
     return loss, None, None
-  hit = (jnp.arange(head_VD.shape[0]) == index) & here[..., None]
-  d_logits = (weight_BT / norm)[..., None] * e - jnp.where(hit, weight_BT[..., None], 0)
-  d_logits = d_logits.astype(hidden_BTD.dtype)
-  d_hidden = jnp.einsum('BTV,VD->BTD', d_logits, head_VD, preferred_element_type=jnp.float32)
+  hit_MV = (jnp.arange(head_VD.shape[0]) == index_M1) & here_M[:, None]
+  d_MV = weight_M[:, None] * (jnp.exp(logits_MV - lse_M[:, None]) - hit_MV)
+  d_MV = d_MV.astype(hidden_MD.dtype)
+  d_hidden = dot('MV,VD->MD', d_MV, head_VD)
   d_hidden = jax.lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
-  d_head = jnp.einsum('BTV,BTD->VD', d_logits, hidden_BTD, preferred_element_type=jnp.float32)
-  return loss, d_hidden.astype(hidden_BTD.dtype), d_head
+  return loss, d_hidden.astype(hidden_MD.dtype), dot('MV,MD->VD', d_MV, hidden_MD)
+
+
+def token_nll(hidden_BTD, head_VD, target_BT):
+  """-log softmax(head hidden)[target] of every token, float32 (B, T), a chunk at a time.
+
+  For evaluation: no gradient, and no mesh of its own (the partitioner decides).
+  """
+  head_VD = head_VD.astype(hidden_BTD.dtype)
+
+  def one(chunk):
+    hidden_MD, target_M = chunk
+    logits_MV = jnp.einsum('MD,VD->MV', hidden_MD, head_VD, preferred_element_type=jnp.float32)
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits_MV), target_M[:, None], 1)[:, 0]
+  nll = jax.lax.map(one, (_in_chunks(hidden_BTD), _in_chunks(target_BT)))
+  return _from_chunks(nll, *target_BT.shape)

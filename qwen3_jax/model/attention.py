@@ -3,6 +3,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen3_jax.kernels.attention import attention
+from qwen3_jax.kernels.linear import linear
 from qwen3_jax.mesh import constrain
 from qwen3_jax.model import rope
 
@@ -35,15 +36,13 @@ class Attention(nnx.Module):
 
     Returns the block's addition (B, T, D) and the new kv (None without a cache).
     """
-    def project(names, weight):
-      return jnp.einsum(names, x_BTD, weight[...].astype(x_BTD.dtype))
-    q_BTNH = project('BTD,DNH->BTNH', self.q_DNH)
-    k_BTKH = project('BTD,DKH->BTKH', self.k_DKH)
-    v_BTKH = project('BTD,DKH->BTKH', self.v_DKH)
+    dtype = x_BTD.dtype
+    q_BTNH, k_BTKH, v_BTKH = (linear(x_BTD, w[...].astype(dtype))
+                              for w in (self.q_DNH, self.k_DKH, self.v_DKH))
     if spec.qkv_bias:
-      q_BTNH = q_BTNH + self.q_bias_NH[...].astype(x_BTD.dtype)
-      k_BTKH = k_BTKH + self.k_bias_KH[...].astype(x_BTD.dtype)
-      v_BTKH = v_BTKH + self.v_bias_KH[...].astype(x_BTD.dtype)
+      q_BTNH = q_BTNH + self.q_bias_NH[...].astype(dtype)
+      k_BTKH = k_BTKH + self.k_bias_KH[...].astype(dtype)
+      v_BTKH = v_BTKH + self.v_bias_KH[...].astype(dtype)
     if spec.qk_norm:
       q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...], spec.norm_eps)
       k_BTKH = rms_norm(k_BTKH, self.k_norm_H[...], spec.norm_eps)
@@ -55,5 +54,4 @@ class Attention(nnx.Module):
     else:
       kv = kv.extend(k_BTKH, v_BTKH, context.start)
       o_BTNH = kv.attend(q_BTNH, context)
-    o_NHD = self.o_NHD[...].astype(x_BTD.dtype)  # flat: XLA on CPU copies weights contracted over two axes
-    return o_BTNH.reshape(*x_BTD.shape[:2], -1) @ o_NHD.reshape(-1, x_BTD.shape[2]), kv
+    return linear(o_BTNH, self.o_NHD[...].astype(dtype), 2), kv

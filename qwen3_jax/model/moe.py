@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from qwen3_jax import mesh as alphabet
 from qwen3_jax.kernels import experts as kernel
+from qwen3_jax.kernels.linear import linear, swiglu
 
 
 @struct.dataclass
@@ -34,8 +35,7 @@ class Mlp(nnx.Module):
   def __call__(self, x_BTD, spec, context, routes=None):
     """Returns (B, T, D), and None twice where a mixture has its balance and routes."""
     gate, up, down = (w[...].astype(x_BTD.dtype) for w in (self.gate_DF, self.up_DF, self.down_FD))
-    h_BTF = jax.nn.silu(jnp.einsum('BTD,DF->BTF', x_BTD, gate)) * jnp.einsum('BTD,DF->BTF', x_BTD, up)
-    return jnp.einsum('BTF,FD->BTD', h_BTF, down), None, None
+    return linear(swiglu(linear(x_BTD, gate), linear(x_BTD, up)), down), None, None
 
 
 class Moe(nnx.Module):

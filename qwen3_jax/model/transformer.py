@@ -13,6 +13,8 @@ from qwen3_jax.model.attention import Attention, rms_norm
 from qwen3_jax.model.cache import Cache
 from qwen3_jax.model.moe import Balance, Mlp, Moe
 
+UNROLLED = 8  # layers; a shorter stack is no loop (XLA:CPU runs a loop's body on one thread)
+
 POLICIES = {  # what the backward pass finds saved; the rest of a layer is computed again
     'none': None,  # no recomputation
     'full': jax.checkpoint_policies.nothing_saveable,
@@ -120,7 +122,8 @@ class Qwen3(nnx.Module):
       given = None
       if sparse and routes is not None:
         given, first = routes[first:first + count], first + count
-      x_BTD, (balance, chosen) = jax.lax.scan(step, x_BTD, (stack, given))
+      x_BTD, (balance, chosen) = jax.lax.scan(step, x_BTD, (stack, given),
+                                                unroll=count <= UNROLLED)
       if sparse:
         balances.append(balance)
         all_routes.append(chosen)

@@ -1,0 +1,125 @@
+"""Runs the stages in order, each from the weights of the one before, and writes a report.
+
+Everything is kept in the workdir, a folder for each stage. Interrupted at any moment and run again,
+it continues; what is finished is not done again. Any field of a stage can be set for all stages:
+--config.seed=1 is the recipe's own, --set s1.steps=500 is a stage's.
+
+Examples:
+  python -m qwen3_jax recipe --config=configs/recipe.py:tiny --workdir=runs/tiny
+  python -m qwen3_jax recipe --config=configs/recipe.py:tiny --workdir=runs/tiny --until=s1
+  python -m qwen3_jax recipe --config=configs/recipe.py:8b --workdir=runs/8b --dry-run
+"""
+import json
+
+from etils import epath
+
+from qwen3_jax.commands import config as configs
+from qwen3_jax.commands import report, train
+
+
+def add_arguments(parser):
+  parser.add_argument('--config', default='configs/recipe.py:tiny', metavar='FILE:ARG',
+                      help='the stages and their sizes')
+  parser.add_argument('--workdir', required=True, metavar='DIR', help='a folder for each stage goes here')
+  parser.add_argument('--until', metavar='STAGE', help='stop after this stage')
+  parser.add_argument('--set', action='append', default=[], metavar='STAGE.KEY=VALUE',
+                      help='set a field of one stage, e.g. s1.steps=500; may be repeated')
+  parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
+
+
+def main(args):
+  recipe = configs.load_config(args.config, args.overrides)
+  workdir = epath.Path(args.workdir)
+  plan = make_plan(recipe, workdir, args.set, args.until)
+  describe(plan)
+  if args.dry_run:
+    return 0
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / 'recipe.json').write_text(json.dumps([name for name, _ in plan]))
+  for name, config in plan:
+    print(f'\n== {name}', flush=True)
+    code = train.train(config, workdir / name)
+    if code:
+      return code
+  return finish(plan, workdir)
+
+
+def make_plan(recipe, workdir, settings, until):
+  """[(stage, its config)], each initialised from the one before."""
+  names = [name for name, _ in recipe.stages]
+  for setting in settings:
+    if setting.partition('.')[0] not in names:
+      raise ValueError(f'--set {setting}: no such stage; there are {", ".join(names)}')
+  if until and until not in names:
+    raise ValueError(f'--until {until}: no such stage; there are {", ".join(names)}')
+  plan = []
+  for name, file in recipe.stages:
+    own = [f'--config.{s.removeprefix(name + ".")}' for s in settings if s.startswith(f'{name}.')]
+    config = configs.load_config(file, own)
+    with config.unlocked():
+      config.seed = recipe.seed
+      config.init = config.init or (str(workdir / plan[-1][0]) if plan else None)
+    plan.append((name, config))
+    if name == until:
+      break
+  return plan
+
+
+def describe(plan):
+  """Prints the plan: tokens, FLOPs and where each stage's weights come from."""
+  from qwen3_jax.stages import load
+  spec = load.spec_from(plan[0][1].model)
+  print(f'model: {spec.layers} layers, width {spec.width}, {spec.parameters():,} parameters'
+        + (f' ({spec.parameters(active=True):,} active)' if spec.experts else ''))
+  for name, config in plan:
+    spec, data = load.spec_from(config.model), config.data
+    tokens = config.steps * data.batch * data.length
+    flops = tokens * spec.flops_per_token(data.length)
+    print(f'{name:>4}: {config.steps:,} steps x {data.batch} x {data.length:,} = {tokens:,} tokens, '
+          f'{flops:.2g} FLOPs, RoPE base {spec.rope_theta:,.0f}, from {config.init or "random weights"}')
+
+
+def finish(plan, workdir):
+  """Samples, the long-context probe, the report, and a summary on the screen."""
+  from qwen3_jax.evaluation import samples
+  from qwen3_jax.stages import load
+  from qwen3_jax.training import metrics
+  for name, _ in plan:
+    if not (workdir / name / 'samples.json').exists():
+      samples.write(workdir / name)
+  last = plan[-1][0]
+  probed = workdir / last / 'probe.json'
+  if len(plan) > 1 and not probed.exists():
+    write_probe(plan[-2], plan[-1], workdir)
+  spec = load.spec_from(plan[-1][1].model)
+  (workdir / 'facts.json').write_text(json.dumps({
+      'Parameters': f'{spec.parameters():,}', 'Layers': spec.layers, 'Width': spec.width}))
+  print('\nheld-out loss by stage')
+  for name, _ in plan:
+    lines = metrics.read(workdir / name)
+    first, final = ([line['heldout_loss'] for line in lines if 'heldout_loss' in line][i] for i in (0, -1))
+    print(f'  {name}: {first:.3f} -> {final:.3f} nats a token, {sum(x["seconds"] for x in lines):.0f} s')
+  if probed.exists():
+    beyond = json.loads(probed.read_text())
+    for name, loss in beyond['beyond'].items():
+      print(f'  beyond position {beyond["old_length"]}, {name}: {loss:.3f}')
+  for sample in json.loads((workdir / last / 'samples.json').read_text())[:2]:
+    print(f'\n{last} continues {sample["prompt"]!r}:\n{sample["completion"][:400]}')
+  print(f'\nreport: {report.write(workdir)}')
+  print(f'talk to it: python -m qwen3_jax chat --raw --model={workdir}')
+  return 0
+
+
+def write_probe(before, after, workdir):
+  """Loss by position of two stages' models on long held-out rows, before and after the longer one."""
+  import jax.numpy as jnp
+  from qwen3_jax.evaluation import probe
+  from qwen3_jax.stages import load
+  old, new = before[1].data.length, after[1].data.length
+  if new <= old:
+    return
+  tokenizer = load.load_model(workdir / after[0])[1]
+  batches = probe.long_batches(after[1].data.heldout[0], tokenizer, 4, new, 16)
+  models = {f'{when} {after[0].upper()}': load.load(workdir / name, dtype=jnp.float32)
+            for when, name in (('before', before[0]), ('after', after[0]))}
+  (workdir / after[0] / 'probe.json').write_text(json.dumps(probe.probe(models, batches, old)))

@@ -1,0 +1,35 @@
+"""What a stage's model writes: continuations of held-out text and of generated tasks."""
+import json
+
+import jax.numpy as jnp
+
+from qwen3_jax.data import sources
+from qwen3_jax.generation import engine
+from qwen3_jax.generation.sampling import Sampling
+from qwen3_jax.stages import load
+
+CHARACTERS = 160  # of a held-out document, as the prompt
+
+
+def prompts():
+  """[(heading, prompt)]: two held-out documents' beginnings and two held-out tasks' questions."""
+  library = sources.open_source('stdlib', 'heldout')
+  tasks = sources.open_source('tasks:difficulty=1,size=100', 'heldout')
+  cut = len(library) // 3
+  found = [('Standard library', library[i][:CHARACTERS]) for i in (cut, 2 * cut)]
+  for i in (0, 1):
+    problem = tasks.task(i)
+    found.append((f'Task: {problem.kind}', f'Question: {problem.question}\n'))
+  return found
+
+
+def write(folder, max_tokens=120):
+  """Writes `folder`/samples.json with one continuation of each prompt, sampled at temperature 0.6."""
+  model, tokenizer = load.load_model(folder, dtype=jnp.float32)
+  asked = prompts()
+  outputs = engine.generate(model, tokenizer, [prompt for _, prompt in asked],
+                            sampling=Sampling(temperature=0.6, top_p=0.95, top_k=20, max_tokens=max_tokens,
+                                              seed=0))
+  (folder / 'samples.json').write_text(json.dumps(
+      [dict(heading=heading, prompt=prompt, completion=out.text)
+       for (heading, prompt), out in zip(asked, outputs)], indent=2))
