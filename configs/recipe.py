@@ -4,5 +4,5 @@ from ml_collections import ConfigDict
 
 def get_config(arg):
   arg = arg or 'tiny'
-  return ConfigDict(dict(stages=tuple((name, f'configs/{name}.py:{arg}') for name in ('s1', 's2', 's3')),
-                         seed=0))
+  stages = tuple((name, f'configs/{name}.py:{arg}') for name in ('s1', 's2', 's3'))
+  return ConfigDict(dict(stages=stages, seed=0))

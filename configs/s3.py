@@ -1,8 +1,8 @@
 """S3, long-context stage: hundreds of billions of tokens at 32,768 (Qwen3 report, section 3.2).
 
-RoPE's base goes from 10,000 to 1,000,000 (ABF); 75 % of the text is 16,384 to 32,768 tokens long and
-25 % 4,096 to 16,384. The tiny form keeps these fractions of a row of 1,024. The learning rate is not
-published: here it warms up again to what S2 started with and decays.
+RoPE's base goes from 10,000 to 1,000,000 (ABF); 75 % of the text is 16,384 to 32,768 tokens long
+and 25 % 4,096 to 16,384. The tiny form keeps these fractions of a row of 1,024. The learning rate
+is not published: here it warms up again, to a fifth of S1's peak, and decays to a tenth of that.
 """
 from qwen3_jax.stages.defaults import pretraining
 
