@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'context', 'tensor')
 
-RULES = dict(B=('data', 'fsdp'), M=('data', 'fsdp'), R=('data', 'fsdp'), T=('context',), D=('fsdp',), N=('tensor',),
-             K=('tensor',), F=('tensor',), V=('tensor',), E=('fsdp',))
+RULES = dict(B=('data', 'fsdp'), M=('data', 'fsdp'), R=('data', 'fsdp'), T=('context',),
+             D=('fsdp',), E=('fsdp',), N=('tensor',), K=('tensor',), F=('tensor',), V=('tensor',))
 
 
 def make_mesh(shape=None, devices=None):
@@ -39,9 +39,11 @@ def make_mesh(shape=None, devices=None):
     shape['fsdp'] = max(1, len(devices) // given)
   sizes = tuple(shape.get(axis, 1) for axis in AXES)
   if math.prod(sizes) != len(devices):
-    raise ValueError(f'mesh {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, there are {len(devices)}; '
-                     'change the sizes in config.mesh (fsdp, when left out, takes what remains)')
-  return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    raise ValueError(f'mesh {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, there are '
+                     f'{len(devices)}; change the sizes in config.mesh (fsdp, when left out, takes '
+                     'what remains)')
+  types = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
 
 
 def letters(name):
@@ -74,12 +76,13 @@ def shardings(tree, mesh, rules=None):
   def one(path, leaf):
     names = [letters(str(getattr(key, 'name', getattr(key, 'key', '')))) for key in path]
     names = next((n for n in reversed(names) if n), '')
-    return NamedSharding(mesh, partition(names[-leaf.ndim:] if leaf.ndim else '', leaf.shape, mesh, rules))
+    names = names[-leaf.ndim:] if leaf.ndim else ''
+    return NamedSharding(mesh, partition(names, leaf.shape, mesh, rules))
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def constrain(x, names):
-  """Tells the partitioner the layout of `x` by its letters; without a mesh (`jax.set_mesh`), nothing."""
+  """Tells the partitioner the layout of `x` by its letters; without `jax.set_mesh`, nothing."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or math.prod(mesh.shape.values()) == 1:
     return x

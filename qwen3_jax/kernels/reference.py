@@ -1,4 +1,4 @@
-"""The plain meaning of every kernel: short, whole-array jnp that the fast paths are tested against."""
+"""The plain meaning of every kernel, in short whole-array jnp that the fast paths are tested on."""
 import jax
 import jax.numpy as jnp
 
@@ -7,14 +7,15 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segment_BT, segment_BS, start=0):
   """Causal grouped-query attention within segments; (B, T, N, H).
 
   Query t sits in slot `start` + t and sees the slots up to its own that carry its segment number.
-  Segment 0 is padding: such a query sees nothing and its output is 0. Scale H^-1/2, softmax float32.
+  Segment 0 is padding: such a query sees nothing, its output is 0. Scale H^-1/2, softmax float32.
   """
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
   s_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH.astype(jnp.float32)) * H ** -0.5
   causal_TS = jnp.arange(S) <= start + jnp.arange(T)[:, None]
-  seen_BTS = causal_TS & (segment_BT[:, :, None] == segment_BS[:, None]) & (segment_BT[:, :, None] > 0)
+  segment_BT1 = segment_BT[:, :, None]
+  seen_BTS = causal_TS & (segment_BT1 == segment_BS[:, None]) & (segment_BT1 > 0)
   s_BKGTS = jnp.where(seen_BTS[:, None, None], s_BKGTS, -jnp.inf)
   p_BKGTS = jnp.nan_to_num(jax.nn.softmax(s_BKGTS, axis=-1))
   o_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', p_BKGTS, v_BSKH.astype(jnp.float32))

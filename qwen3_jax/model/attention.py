@@ -32,9 +32,9 @@ class Attention(nnx.Module):
       self.k_bias_KH, self.v_bias_KH = nnx.Param(jnp.zeros((K, H))), nnx.Param(jnp.zeros((K, H)))
 
   def __call__(self, x_BTD, spec, context, kv=None):
-    """`context` is the forward pass's shared `Context`; with `kv`, the layer's cache is read and extended.
+    """The block's addition (B, T, D) and the layer's extended cache (None without a cache `kv`).
 
-    Returns the block's addition (B, T, D) and the new kv (None without a cache).
+    `context` is the `Context` that all layers of a forward pass share.
     """
     dtype = x_BTD.dtype
     q_BTNH, k_BTKH, v_BTKH = (linear(x_BTD, w[...].astype(dtype))

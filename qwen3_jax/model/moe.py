@@ -4,8 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from flax import struct
+from flax import nnx, struct
 from jax.sharding import PartitionSpec
 
 from qwen3_jax import mesh as alphabet

@@ -1,7 +1,8 @@
 """Rotary position embedding and its context extensions, as small pure functions.
 
-All angles are float32 (bfloat16 cannot count past 256); the tables are cast where they are applied.
-i = 0 .. H/2 - 1 numbers the rotated pairs; dimension i pairs with i + H/2 (halves, not interleaved).
+All angles are float32 (bfloat16 cannot count past 256); the tables are cast where they are
+applied. i = 0 .. H/2 - 1 numbers the rotated pairs; dimension i pairs with i + H/2 (halves, not
+interleaved).
 """
 import math
 

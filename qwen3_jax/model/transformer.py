@@ -3,8 +3,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from flax import struct
+from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen3_jax.mesh import constrain, shardings
@@ -123,7 +122,7 @@ class Qwen3(nnx.Module):
       if sparse and routes is not None:
         given, first = routes[first:first + count], first + count
       x_BTD, (balance, chosen) = jax.lax.scan(step, x_BTD, (stack, given),
-                                                unroll=count <= UNROLLED)
+                                              unroll=count <= UNROLLED)
       if sparse:
         balances.append(balance)
         all_routes.append(chosen)
@@ -132,10 +131,10 @@ class Qwen3(nnx.Module):
   def _unrolled(self, x_BTD, context, cache, routes):
     """All layers with a cache, one after the other: nothing of the cache is copied."""
     layers, balances, all_routes = [], [], []
-    for block in self.unstacked():
+    for block, kv in zip(self.unstacked(), cache.layers):
       sparse = isinstance(block.mlp, Moe)
       given = routes[len(balances)] if sparse and routes is not None else None
-      x_BTD, kv, balance, chosen = block(x_BTD, self.spec, context, cache.layers[len(layers)], given)
+      x_BTD, kv, balance, chosen = block(x_BTD, self.spec, context, kv, given)
       layers.append(kv)
       if sparse:
         balances.append(jax.tree.map(lambda x: x[None], balance))
