@@ -1,8 +1,8 @@
 """Runs the stages in order, each from the weights of the one before, and writes a report.
 
 Everything is kept in the workdir, a folder for each stage. Interrupted at any moment and run again,
-it continues; what is finished is not done again. Any field of a stage can be set for all stages:
---config.seed=1 is the recipe's own, --set s1.steps=500 is a stage's.
+it continues; what is finished is not done again. --config.seed=1 sets a field of the recipe's own
+config (seed is for all stages); --set s1.steps=500 sets one of a stage's.
 
 Examples:
   python -m qwen3_jax recipe --config=configs/recipe.py:tiny --workdir=runs/tiny
@@ -20,7 +20,8 @@ from qwen3_jax.commands import report, train
 def add_arguments(parser):
   parser.add_argument('--config', default='configs/recipe.py:tiny', metavar='FILE:ARG',
                       help='the stages and their sizes')
-  parser.add_argument('--workdir', required=True, metavar='DIR', help='a folder for each stage goes here')
+  parser.add_argument('--workdir', required=True, metavar='DIR',
+                      help='a folder for each stage goes here')
   parser.add_argument('--until', metavar='STAGE', help='stop after this stage')
   parser.add_argument('--set', action='append', default=[], metavar='STAGE.KEY=VALUE',
                       help='set a field of one stage, e.g. s1.steps=500; may be repeated')
@@ -75,8 +76,9 @@ def describe(plan):
     spec, data = load.spec_from(config.model), config.data
     tokens = config.steps * data.batch * data.length
     flops = tokens * spec.flops_per_token(data.length)
-    print(f'{name:>4}: {config.steps:,} steps x {data.batch} x {data.length:,} = {tokens:,} tokens, '
-          f'{flops:.2g} FLOPs, RoPE base {spec.rope_theta:,.0f}, from {config.init or "random weights"}')
+    start = config.init or 'random weights'
+    print(f'{name:>4}: {config.steps:,} steps x {data.batch} x {data.length:,} = {tokens:,} '
+          f'tokens, {flops:.2g} FLOPs, RoPE base {spec.rope_theta:,.0f}, from {start}')
 
 
 def finish(plan, workdir):
@@ -97,8 +99,9 @@ def finish(plan, workdir):
   print('\nheld-out loss by stage')
   for name, _ in plan:
     lines = metrics.read(workdir / name)
-    first, final = ([line['heldout_loss'] for line in lines if 'heldout_loss' in line][i] for i in (0, -1))
-    print(f'  {name}: {first:.3f} -> {final:.3f} nats a token, {sum(x["seconds"] for x in lines):.0f} s')
+    heldout = [line['heldout_loss'] for line in lines if 'heldout_loss' in line]
+    seconds = sum(line['seconds'] for line in lines)
+    print(f'  {name}: {heldout[0]:.3f} -> {heldout[-1]:.3f} nats a token, {seconds:.0f} s')
   if probed.exists():
     beyond = json.loads(probed.read_text())
     for name, loss in beyond['beyond'].items():
@@ -111,8 +114,9 @@ def finish(plan, workdir):
 
 
 def write_probe(before, after, workdir):
-  """Loss by position of two stages' models on long held-out rows, before and after the longer one."""
+  """Loss by position on long held-out rows, of the models before and after the longer stage."""
   import jax.numpy as jnp
+
   from qwen3_jax.evaluation import probe
   from qwen3_jax.stages import load
   old, new = before[1].data.length, after[1].data.length

@@ -24,12 +24,11 @@ def prompts():
 
 
 def write(folder, max_tokens=120):
-  """Writes `folder`/samples.json with one continuation of each prompt, sampled at temperature 0.6."""
+  """Writes `folder`/samples.json: one continuation of each prompt, sampled at temperature 0.6."""
   model, tokenizer = load.load_model(folder, dtype=jnp.float32)
   asked = prompts()
-  outputs = engine.generate(model, tokenizer, [prompt for _, prompt in asked],
-                            sampling=Sampling(temperature=0.6, top_p=0.95, top_k=20, max_tokens=max_tokens,
-                                              seed=0))
+  sampling = Sampling(temperature=0.6, top_p=0.95, top_k=20, max_tokens=max_tokens, seed=0)
+  outputs = engine.generate(model, tokenizer, [prompt for _, prompt in asked], sampling)
   (folder / 'samples.json').write_text(json.dumps(
       [dict(heading=heading, prompt=prompt, completion=out.text)
        for (heading, prompt), out in zip(asked, outputs)], indent=2))
