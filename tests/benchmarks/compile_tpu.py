@@ -14,13 +14,16 @@ os.environ |= dict(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_L
 def compile_step(size, topology, rows, length, remat, micro_batches=1, mesh_shape=None):
   """The compiled training step of `rows` rows a chip: bfloat16 compute, float32 state, AdamW."""
   import functools
+
   import jax
   import jax.numpy as jnp
   from jax.experimental import topologies
+
   from qwen3_jax import mesh as alphabet
   from qwen3_jax.model import transformer
   from qwen3_jax.spec import Spec
-  from qwen3_jax.training import losses, optim, step as training
+  from qwen3_jax.training import losses, optim
+  from qwen3_jax.training import step as training
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   mesh = alphabet.make_mesh(mesh_shape, devices)
   spec = Spec.named(size)
@@ -40,8 +43,9 @@ def compile_step(size, topology, rows, length, remat, micro_batches=1, mesh_shap
                            balance=0.008 if spec.experts else 0.0)
   step = training.make_step(loss, optimizer, lambda step: 3e-4, micro_batches)
   out = jax.tree.map(lambda x: x.sharding, state), None
+  step = jax.jit(step, donate_argnums=0, out_shardings=out)
   with jax.set_mesh(mesh):
-    return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, abstract(batch)).compile()
+    return step.lower(state, abstract(batch)).compile()
 
 
 def main():
@@ -56,11 +60,12 @@ def main():
   start = time.perf_counter()
   compiled = compile_step(args.size, args.topology, args.rows, args.length, args.remat)
   m = compiled.memory_analysis()
-  gib = 2**30
-  total = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes
+  arguments, temporaries, outputs, aliased = (size / 2**30 for size in (
+      m.argument_size_in_bytes, m.temp_size_in_bytes, m.output_size_in_bytes,
+      m.alias_size_in_bytes))
   print(f'{args.size} {args.topology} {args.rows} x {args.length} remat {args.remat}: '
-        f'HBM {(total - m.alias_size_in_bytes) / gib:.2f} GiB a chip '
-        f'(arguments {m.argument_size_in_bytes / gib:.2f}, temporaries {m.temp_size_in_bytes / gib:.2f}); '
+        f'HBM {arguments + temporaries + outputs - aliased:.2f} GiB a chip '
+        f'(arguments {arguments:.2f}, temporaries {temporaries:.2f}); '
         f'compiled in {time.perf_counter() - start:.0f} s')
   if args.hlo:
     with open(args.hlo, 'w') as file:

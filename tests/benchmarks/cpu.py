@@ -40,14 +40,17 @@ def our_training(kind, steps):
   """Tokens a second of our training step on random rows, warm."""
   import jax
   import jax.numpy as jnp
+
   from qwen3_jax.model import transformer
   from qwen3_jax.spec import Spec
-  from qwen3_jax.training import losses, optim, step as training
+  from qwen3_jax.training import losses, optim
+  from qwen3_jax.training import step as training
   moe = dict(experts=32, chosen=4, expert_mlp=96) if kind == 'moe' else {}
   spec = Spec(4, 256, 4, 2, 768, 4096, 64, **moe)
   optimizer = optim.adamw()
   state = training.initial_state(lambda: transformer.make(spec), optimizer)
-  run = jax.jit(training.make_step(losses.next_token, optimizer, lambda step: 1e-3), donate_argnums=0)
+  step = training.make_step(losses.next_token, optimizer, lambda step: 1e-3)
+  run = jax.jit(step, donate_argnums=0)
   tokens = jax.random.randint(jax.random.key(0), (4, 512), 0, 4096)
   batch = dict(tokens_BT=tokens, segment_BT=jnp.ones((4, 512), jnp.int32),
                position_BT=jnp.tile(jnp.arange(512), (4, 1)), weight_BT=jnp.ones((4, 512)))
@@ -76,7 +79,8 @@ def main():
     for _ in range(3):
       ours.append(measure())
       if args.hf:
-        run = subprocess.run([args.hf, '-c', PEER, kind, str(args.steps)], capture_output=True, text=True)
+        run = subprocess.run([args.hf, '-c', PEER, kind, str(args.steps)], capture_output=True,
+                             text=True)
         if run.returncode:
           sys.exit(run.stderr)
         theirs.append(float(run.stdout.split()[-1]))
