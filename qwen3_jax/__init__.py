@@ -4,7 +4,7 @@ import importlib
 
 _HOMES = {
   'Spec': 'qwen3_jax.spec',
-  'load': 'qwen3_jax.model.hf',
+  'load': 'qwen3_jax.stages.load',
   'save': 'qwen3_jax.model.hf',
   'Tokenizer': 'qwen3_jax.text.tokenizer',
   'render': 'qwen3_jax.text.template',
