@@ -37,18 +37,23 @@ def value_and_gradients(function, q, k, v, weight, segment):
   return o, *gradients
 
 
+@functools.cache  # so that one block length compiles once
+def in_blocks(block):
+  return functools.partial(attention, block=block)
+
+
 @pytest.mark.parametrize('T, N, K, block, kinds', [
     (13, 4, 2, 5, ('whole', 'padded', 'packed', 'one token', 'masked row')),  # a ragged last block
-    (12, 4, 1, 4, ('packed', 'padded')),  # blocks divide the length; one kv head
+    (33, 4, 2, 5, ('packed', 'padded', 'masked row')),  # more pairs of blocks than are unrolled
+    (12, 4, 1, 6, ('packed', 'padded')),  # blocks divide the length; one kv head
     (12, 3, 3, 64, ('packed', 'one token')),  # a block longer than the row; as many kv heads
     (1, 2, 1, 4, ('whole',)),
 ])
 def test_values_and_gradients(T, N, K, block, kinds):
   inputs = make_inputs(2, T, N, K)
-  in_blocks = functools.partial(attention, block=block)
   for kind in kinds:
     segment = segments(kind, 2, T)
-    got = value_and_gradients(in_blocks, *inputs, segment)
+    got = value_and_gradients(in_blocks(block), *inputs, segment)
     want = value_and_gradients(reference.attention, *inputs, segment)
     for name, a, b in zip(('output', 'dq', 'dk', 'dv'), got, want):
       np.testing.assert_allclose(a, b, atol=2e-5, err_msg=f'{kind}: {name}')
@@ -58,8 +63,7 @@ def test_values_and_gradients(T, N, K, block, kinds):
 def test_padding_gives_zero_and_takes_no_gradient():
   q, k, v, weight = make_inputs(2, 13, 4, 2)
   segment = segments('padded', 2, 13)
-  in_blocks = functools.partial(attention, block=5)
-  for array in value_and_gradients(in_blocks, q, k, v, weight, segment):
+  for array in value_and_gradients(in_blocks(5), q, k, v, weight, segment):
     assert (array[segment == 0] == 0).all()
 
 
@@ -81,7 +85,7 @@ def test_bfloat16_stays_near_float32():
   q, k, v, weight = make_inputs(2, 33, 4, 2, H=16)
   segment = segments('packed', 2, 33)
   low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-  got = value_and_gradients(functools.partial(attention, block=8), *low, weight, segment)
+  got = value_and_gradients(in_blocks(5), *low, weight, segment)
   exact = [x.astype(jnp.float32) for x in low]
   want = value_and_gradients(reference.attention, *exact, weight, segment)
   for a, b in zip(got, want):
@@ -93,7 +97,6 @@ def test_no_array_of_both_lengths():
   """Forward and backward of 64 x 64 tokens hold nothing of that size."""
   q, k, v, weight = make_inputs(1, 64, 2, 1, H=2)
   segment = segments('whole', 1, 64)
-  run = functools.partial(attention, block=8)
-  text = str(jax.make_jaxpr(lambda *a: value_and_gradients.__wrapped__(run, *a))(
+  text = str(jax.make_jaxpr(lambda *a: value_and_gradients.__wrapped__(in_blocks(8), *a))(
       q, k, v, weight, segment))
   assert '8' in text and '64,64' not in text.replace(' ', '')
