@@ -1,8 +1,8 @@
 """Runs the stages in order, each from the weights of the one before, and writes a report.
 
 Everything is kept in the workdir, a folder for each stage. Interrupted at any moment and run again,
-it continues; what is finished is not done again. --config.seed=1 sets a field of the recipe's own
-config (seed is for all stages); --set s1.steps=500 sets one of a stage's.
+it continues; what is finished is not done again. --config.seed=1 sets the seed of all stages;
+--set s1.steps=500 sets one field of one stage.
 
 Examples:
   python -m qwen3_jax recipe --config=configs/recipe.py:tiny --workdir=runs/tiny
@@ -23,7 +23,7 @@ def add_arguments(parser):
   parser.add_argument('--workdir', required=True, metavar='DIR',
                       help='a folder for each stage goes here')
   parser.add_argument('--until', metavar='STAGE', help='stop after this stage')
-  parser.add_argument('--set', action='append', default=[], metavar='STAGE.KEY=VALUE',
+  parser.add_argument('--set', action='append', metavar='STAGE.KEY=VALUE',
                       help='set a field of one stage, e.g. s1.steps=500; may be repeated')
   parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
 
@@ -31,7 +31,7 @@ def add_arguments(parser):
 def main(args):
   recipe = configs.load_config(args.config, args.overrides)
   workdir = epath.Path(args.workdir)
-  plan = make_plan(recipe, workdir, args.set, args.until)
+  plan = make_plan(recipe, workdir, args.set or [], args.until)
   describe(plan)
   if args.dry_run:
     return 0

@@ -1,4 +1,4 @@
-"""Training and decoding on CPU beside Hugging Face transformers on the same work, as ratios.
+"""Training on CPU beside Hugging Face transformers on the same work, as ratios.
 
 python tests/benchmarks/cpu.py [--hf PYTHON]    PYTHON: an interpreter with torch and transformers.
 The model: width 256, 4 layers, 4/2 heads of 64, mlp 768, vocabulary 4,096; the mixture has 32
