@@ -9,7 +9,8 @@ such file, size or key, a value of the wrong type); 2 anything else that is wron
 
 Examples:
   python -m qwen3_jax train --config=configs/s1.py:tiny --workdir=runs/s1
-  python -m qwen3_jax train --config=configs/s3.py:0.6b --workdir=runs/s3 --init=Qwen3-0.6B-Base
+  python -m qwen3_jax train --config=configs/s3.py:0.6b --workdir=runs/s3 --init=Qwen3-0.6B-Base \\
+    --config.data.sources="(('/data/*.jsonl', 1.0),)"
 """
 import json
 import sys
