@@ -2,7 +2,7 @@
 
 Rows of a batch are padded on the left, so that one number says how many cache slots are written.
 Every size that decides a compilation (rows, prompt length, cache slots) is rounded up to a few, and
-the cache grows as the texts do. Without a mesh one device works; under `jax.set_mesh`, with a model
+the cache doubles as the texts grow. Without a mesh one device works; under `jax.set_mesh`, with a model
 made or loaded sharded, rows are split over data and fsdp, heads over tensor.
 """
 import dataclasses
@@ -134,6 +134,9 @@ def _spread(value, count, name):
   return values
 
 
+SLOTS = 64  # of the smallest cache
+
+
 def round_up(n, least=16):
   """The next of least * (1, 1.5, 2, 3, 4, 6, ...): at most half is wasted, and few are compiled."""
   size = least
@@ -175,9 +178,10 @@ class _Batch:
     state, self.prompt_routes = prefill(self.decoder, tokens_BT, segment_BT, self.rows, self.progress,
                                         self.with_routes)
     slots = used = T
+    most = round_up(T + max(self.limits), SLOTS)
     while True:
       if slots == used:
-        slots = round_up(used + 1)
+        slots = min(round_up(2 * used, SLOTS), most)
         state = grow(state, slots)
       state, out, steps, alive = decode(self.decoder, state, self.rows, slots - used, self.chunk,
                                         self.with_routes)

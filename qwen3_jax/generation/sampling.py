@@ -1,4 +1,4 @@
-"""From logits to one token a row: penalty, temperature, filters, and a draw that has its own key."""
+"""From logits to one token a row: penalty, temperature, filters, a draw with a key of its own."""
 import dataclasses
 
 import jax
@@ -68,9 +68,8 @@ class Settings:
       values = [getattr(row, name) for row in rows]
       return np.array([off if v is None else v for v in values], dtype)
     drawn = [row for row in rows if row.temperature > 0]
-    width = max((min(row.top_k or size, size) for row in drawn if row.top_k or row.top_p), default=0)
-    if any(row.top_k is None and row.top_p is None for row in drawn) and width:
-      width = size
+    filters = any(row.top_k or row.top_p for row in drawn)
+    width = max(min(row.top_k or size, size) for row in drawn) if filters else 0
     width = min(size, 1 << (width - 1).bit_length()) if width else None
     fold = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))
     return cls(column('temperature', 0), column('top_k', size, np.int32), column('top_p', 1),
@@ -143,5 +142,6 @@ def _gumbel(key, id_C):
   """
   low_high = jnp.concatenate([jnp.zeros_like(id_C), id_C]).astype(jnp.uint32)
   bits = threefry_2x32(jax.random.key_data(key), low_high).reshape(2, -1)
-  u_C = jnp.minimum((bits[0] ^ bits[1]).astype(jnp.float32) * 2.0 ** -32 + 2.0 ** -33, 1 - 2.0 ** -24)
+  u_C = (bits[0] ^ bits[1]).astype(jnp.float32) * 2.0 ** -32 + 2.0 ** -33
+  u_C = jnp.minimum(u_C, 1 - 2.0 ** -24)
   return -jnp.log(-jnp.log1p(-u_C))

@@ -51,7 +51,7 @@ class Cache:
   """All layers' slots, which slots hold what, and how many are written."""
   layers: tuple[LayerKV, ...]
   segment_BS: jax.Array  # 0: padding or not yet written
-  length: jax.Array | int  # slots written, one number for the batch (short prompts are padded on the left)
+  length: jax.Array | int  # slots written, of every row (short prompts are padded on the left)
 
   @classmethod
   def make(cls, spec, batch, slots, dtype=jnp.float32):
