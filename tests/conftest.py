@@ -88,3 +88,20 @@ def smallest(tmp_path_factory):
     changes = {key.replace('__', '.'): value for key, value in changes.items()}
     return [f'--config.{key}={value}' for key, value in (SMALLEST | own | changes).items()]
   return override
+
+
+@pytest.fixture(scope='module')
+def quick_compilation(tmp_path_factory):
+  """LLVM hardly optimises code that runs once, and equal programs are compiled once a session."""
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+  wanted = {'jax_disable_most_optimizations': True,
+            'jax_compilation_cache_dir': str(tmp_path_factory.getbasetemp() / 'compiled'),
+            'jax_persistent_cache_min_compile_time_secs': 0.0}
+  before = {name: getattr(jax.config, name) for name in wanted if hasattr(jax.config, name)}
+  for settings in (wanted, {'jax_disable_most_optimizations': False} | before):
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    if settings is wanted:
+      yield

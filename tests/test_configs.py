@@ -4,7 +4,6 @@ import ast
 import dataclasses
 from pathlib import Path
 
-import jax
 import ml_collections
 import pytest
 from etils import epath
@@ -64,13 +63,6 @@ def test_unknown_size_is_refused(name, size):
       configs.load_config(file)
 
 
-@pytest.fixture
-def quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 class Recorded(ml_collections.ConfigDict):
   """A config that notes in `read` the dotted name of each field that is taken from it."""
 
@@ -100,7 +92,7 @@ def record(config, prefix=''):
 def test_each_key_is_read(smallest, tmp_path, quick_compilation):
   """A run of two steps takes every field of the config, and the code every field of the spec."""
   config = configs.load_config('configs/s1.py:tiny,moe', smallest(
-    steps=3, micro_batches=2, data__tokenizer=None, data__heldout=('tasks:size=20',),
+    steps=3, data__tokenizer=None, data__heldout=('tasks:size=20',),
     model__experts=4, model__chosen=2, model__expert_mlp=16))
   keys = {key for key in configs.flatten(config.to_dict()) if not key.startswith('model.')}
   recorded = record(config)

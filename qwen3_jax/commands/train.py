@@ -72,12 +72,13 @@ def claim(workdir, config):
   Fields in FREE may differ. A run that never saved a checkpoint has no claim: what it left (a
   tokenizer, perhaps of other data) goes.
   """
+  from qwen3_jax.training import checkpoint
   path = workdir / 'config.json'
   if path.exists():
     free = tuple(f'config.{field}{end}' for field in FREE for end in '.:')
     other = [line for line in configs.diff(json.loads(path.read_text()), config)
              if not line.startswith(free)]
-    if other and any((workdir / 'checkpoints').glob('*/MANIFEST.json')):
+    if other and checkpoint.steps(workdir / 'checkpoints'):
       shown = '; '.join(other[:4] + [f'and {len(other) - 4} more'] * (len(other) > 4))
       raise ValueError(f'{workdir} belongs to a run with another config ({shown}). Use the same '
                        'settings to continue it, or another --workdir')

@@ -34,8 +34,7 @@ def find(folder):
     return 'run', folder
   recipe = folder / 'recipe.json'
   for stage in reversed(json.loads(recipe.read_text()) if recipe.exists() else []):
-    if (folder / stage / 'config.json').exists() and checkpoint.Checkpoints(
-        folder / stage / 'checkpoints').latest() is not None:
+    if _read_config(folder / stage) and checkpoint.steps(folder / stage / 'checkpoints'):
       return 'run', folder / stage
   raise FileNotFoundError(
       f'no model in {folder}: want a Hugging Face folder (config.json, *.safetensors), the workdir '

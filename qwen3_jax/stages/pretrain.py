@@ -1,4 +1,5 @@
 """Pretraining stages S1, S2, S3: packed text and next-token loss; a stage is two functions."""
+import contextlib
 import functools
 import json
 import re
@@ -110,11 +111,11 @@ def run(config, workdir, tokenizer):
   o = config.optim
   optimizer = optim.adamw(o.b1, o.b2, o.eps, o.weight_decay, o.clip)
   rate = optim.schedule(o.schedule, o.peak_lr, config.steps, o.warmup, o.final, o.decay)
-  with jax.set_mesh(mesh):
-    loss = make_loss(config)
-    loader = make_loader(config, tokenizer, mesh)
+  loss = make_loss(config)
+  with (jax.set_mesh(mesh),
+        contextlib.closing(make_loader(config, tokenizer, mesh)) as loader,
+        contextlib.closing(Checkpoints(workdir / 'checkpoints', config.keep)) as checkpoints):
     evaluate = fit.evaluator(loss, heldout_batches(config, tokenizer, mesh))
-    checkpoints = Checkpoints(workdir / 'checkpoints', config.keep)
     state = _resume(config, spec, optimizer, mesh, checkpoints, loader)
     step = training.make_step(loss, optimizer, rate, config.micro_batches)
     out = jax.tree.map(lambda x: x.sharding, state), None
@@ -122,16 +123,12 @@ def run(config, workdir, tokenizer):
 
     def draw(params, number):
       return alphabet.to_global(next(loader), loader.rows, config.data.batch, mesh)
-    try:
-      with Metrics(workdir, config.steps, config.stage, int(state.step),
-                   spec.flops_per_token(config.data.length)) as metrics:
-        return fit.fit(state, step, draw, steps=config.steps, checkpoints=checkpoints,
-                       metrics=metrics, cursor=lambda: gather_cursor(loader.state()),
-                       config=config.to_dict(), save_every=config.save_every, evaluate=evaluate,
-                       evaluate_every=config.evaluate_every)
-    finally:
-      loader.close()
-      checkpoints.close()
+    with Metrics(workdir, config.steps, config.stage, int(state.step),
+                 spec.flops_per_token(config.data.length)) as metrics:
+      return fit.fit(state, step, draw, steps=config.steps, checkpoints=checkpoints,
+                     metrics=metrics, cursor=lambda: gather_cursor(loader.state()),
+                     config=config.to_dict(), save_every=config.save_every, evaluate=evaluate,
+                     evaluate_every=config.evaluate_every)
 
 
 def gather_cursor(state):

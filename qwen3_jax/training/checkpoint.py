@@ -90,7 +90,7 @@ class Checkpoints:
 
   def steps(self):
     """The steps that have a manifest, ascending."""
-    return sorted(int(path.name) for path in _list_steps(self.folder) if _exists(path))
+    return steps(self.folder)
 
   def latest(self):
     """The newest step, or None."""
@@ -176,6 +176,11 @@ class Checkpoints:
       raise FileNotFoundError(f'no undamaged checkpoint to restore in {self.folder} '
                               f'({"; ".join(problems) or "it holds none"})')
     return chosen
+
+
+def steps(folder):
+  """The steps in `folder` that have a manifest, ascending."""
+  return sorted(int(path.name) for path in _list_steps(epath.Path(folder)) if _exists(path))
 
 
 def restore_subtree(folder, name, abstract):

@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 
-import jax
 import pytest
 
 from qwen3_jax.__main__ import main
@@ -16,12 +15,7 @@ from qwen3_jax.training import metrics
 CONFIG, OTHER = 78, 2
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-  """LLVM would spend most of the time optimising code that runs once."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def train(workdir, overrides, *flags, config='configs/s1.py:tiny'):

@@ -21,6 +21,7 @@ from qwen3_jax.training import step as training
 from qwen3_jax.training.checkpoint import Checkpoints
 
 FIXTURE = Path(__file__).resolve().parents[1] / 'fixtures' / 'd_moe_mixed'
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def draw(spec, seed):

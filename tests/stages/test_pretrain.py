@@ -19,6 +19,7 @@ from qwen3_jax.training import metrics, optim
 STEPS = 24
 SETTINGS = dict(steps=STEPS, save_every=STEPS // 2, evaluate_every=8, optim__peak_lr=0.02)
 CLOCK = {'seconds', 'tokens_per_s', 'mfu'}
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def run(name, workdir, overrides, monkeypatch, devices=1):

@@ -31,9 +31,10 @@ def plain(params, batch):
 def test_cross_entropy_of_the_whole_model(models, draw_batch, name):
   batch = draw_batch() | {}
   batch['weight_BT'] = batch['weight_BT'] * np.random.default_rng(3).random((8, 24), np.float32)
-  want, want_grads = jax.jit(jax.value_and_grad(plain))(models[name], batch)
-  grad = jax.jit(jax.value_and_grad(losses.next_token, has_aux=True))
-  (got, sums), grads = grad(models[name], with_totals(batch))
+  both = jax.jit(lambda params, batch: (  # one program: it compiles in half the time
+    jax.value_and_grad(plain)(params, batch),
+    jax.value_and_grad(losses.next_token, has_aux=True)(params, batch)))
+  (want, want_grads), ((got, sums), grads) = both(models[name], with_totals(batch))
   np.testing.assert_allclose(got, want, rtol=1e-6)
   np.testing.assert_allclose(sums['nll'] / sums['weight'], want, rtol=1e-6)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
@@ -72,7 +73,7 @@ def test_balance_gradient_goes_through_probabilities_only(models, draw_batch):
   def ours(params):
     silent = batch | {'weight_BT': np.zeros_like(batch['weight_BT'])}
     return losses.next_token(params, silent, balance=2.)[0]
-  want, got = (jax.jit(jax.grad(f))(model) for f in (by_hand, ours))
+  want, got = jax.jit(lambda params: (jax.grad(by_hand)(params), jax.grad(ours)(params)))(model)
   assert np.abs(want.stacks[0].mlp.router_DE[...]).max() > 1e-4
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, 2 * b, atol=2e-7)
@@ -96,9 +97,7 @@ def test_padding_is_in_no_statistic(models, draw_batch):
 def test_transformers_convention(golden, name):
   folder = golden / 'models' / name
   model, numbers = hf.load(folder, dtype=jnp.float32), np.load(folder / 'golden.npz')
-  cases = [case for case in ('single', 'right', 'left') if f'{case}_aux_loss' in numbers]
-  assert cases
-  for case in cases:
+  for case in ('right', 'left'):
     mask = numbers[f'{case}_attention_mask'].astype(np.int32)
     balance = jax.jit(type(model).__call__)(model, numbers[f'{case}_input_ids'], mask).balance
     np.testing.assert_allclose(losses.hf_balance_loss(balance), numbers[f'{case}_aux_loss'],
