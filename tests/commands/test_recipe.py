@@ -1,0 +1,80 @@
+"""The recipe through the command line: three stages, a report, interrupted and run again."""
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen3_jax.__main__ import main
+from qwen3_jax.training import metrics
+
+REPO = Path(__file__).resolve().parents[2]
+STAGES = 's1', 's2', 's3'
+
+
+@pytest.fixture(scope='module')
+def settings(smallest):
+  """Function from a workdir to the arguments of a recipe of three stages of six steps."""
+  def one(workdir):
+    arguments = ['recipe', '--config=configs/recipe.py:tiny', f'--workdir={workdir}']
+    for stage in STAGES:
+      own = dict(steps=6, save_every=2, evaluate_every=3)
+      own |= dict(data__length=128, data__batch=2, data__length_mix=None) if stage == 's3' else {}
+      arguments += [f'--set={stage}.{o.removeprefix("--config.")}' for o in smallest(**own)]
+    return arguments
+  return one
+
+
+def weights(workdir):
+  """Every file of the last stage's last checkpoint, for comparing runs bit for bit."""
+  from qwen3_jax.stages import load
+  from jax import tree
+  return [np.asarray(x) for x in tree.leaves(load.load(workdir / 's3', dtype=None))]
+
+
+def test_plan_and_typos(settings, tmp_path, capsys):
+  assert main([*settings(tmp_path), '--dry-run']) == 0
+  plan = capsys.readouterr().out
+  assert 'from random weights' in plan and f'from {tmp_path}/s2' in plan
+  assert 'RoPE base 1,000,000' in plan and not any(tmp_path.iterdir())
+  assert main([*settings(tmp_path), '--until=s4']) == 2
+  assert 'there are s1, s2, s3' in capsys.readouterr().err
+  assert main([*settings(tmp_path), '--set=s1.stepz=3']) == 2
+  assert 'config.steps' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_the_same(settings, tmp_path):
+  """SIGKILL at five moments spread over the whole run; then everything is as if it never was."""
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  command = [sys.executable, '-m', 'qwen3_jax']
+  start = time.monotonic()
+  run = subprocess.run([*command, *settings(whole)], cwd=REPO, capture_output=True, text=True)
+  took = time.monotonic() - start
+  assert run.returncode == 0, run.stderr
+  assert 'held-out loss by stage' in run.stdout and (whole / 'report.html').exists()
+  for share in np.random.default_rng(0).uniform(0.2, 0.9, 5):
+    process = subprocess.Popen([*command, *settings(killed)], cwd=REPO, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    try:
+      process.wait(timeout=share * took)
+    except subprocess.TimeoutExpired:
+      process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), errors
+  last = subprocess.run([*command, *settings(killed)], cwd=REPO, capture_output=True, text=True)
+  assert last.returncode == 0, last.stderr
+  for a, b in zip(weights(whole), weights(killed), strict=True):
+    np.testing.assert_array_equal(a, b)
+  for stage in STAGES:
+    lines = [[(x['step'], x['loss'], x.get('heldout_loss')) for x in metrics.read(folder / stage)]
+             for folder in (whole, killed)]
+    assert lines[0] == lines[1] and [step for step, *_ in lines[0]] == [1, 2, 3, 4, 5, 6]
+  assert json.loads((whole / 's3/samples.json').read_text()) == json.loads(
+      (killed / 's3/samples.json').read_text())
+  shutil.rmtree(whole)

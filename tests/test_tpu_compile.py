@@ -1,0 +1,52 @@
+"""The real TPU compiler accepts the training step, dense and mixture, on a described topology.
+
+Compiled, not run: no TPU is here. Sizes of memory for real models: benchmarks/compile_tpu.py.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from qwen3_jax import mesh as alphabet
+from qwen3_jax.model import transformer
+from qwen3_jax.spec import Spec
+from qwen3_jax.training import losses, optim
+from qwen3_jax.training import step as training
+
+MOE = dict(experts=16, chosen=4, expert_mlp=128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology, shape, moe', [
+    ('v5p:2x2x1', dict(fsdp=4), {}), ('v5e:2x2', dict(fsdp=2, tensor=2), {}),
+    ('v6e:2x2', dict(fsdp=4), MOE)], ids=lambda x: str(x))
+def test_step_compiles_in_bounded_memory(topology, shape, moe, capfd):
+  """No buffer holds all logits or all scores, and nothing is fully rematerialised to be moved."""
+  pytest.importorskip('libtpu', reason='LIBTPU ABSENT: pip install jax[tpu] brings the compiler')
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  mesh = alphabet.make_mesh(shape, devices)
+  spec = Spec(10, 256, 4, 2, 512, 8192, 128, **moe)
+  optimizer = optim.adamw()
+
+  def abstract(tree):
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree,
+                        alphabet.shardings(tree, mesh))
+  make = functools.partial(transformer.make, spec)
+  state = abstract(jax.eval_shape(lambda: training.state_of(make(), optimizer)))
+  batch = abstract({f'{name}_BT': jax.ShapeDtypeStruct((8, 2048), dtype) for name, dtype in dict(
+      tokens=jnp.int32, segment=jnp.int32, position=jnp.int32, weight=jnp.float32).items()})
+  loss = functools.partial(losses.next_token, remat='full', dtype=jnp.bfloat16, balance=0.008)
+  step = training.make_step(loss, optimizer, lambda step: 3e-4)
+  out = jax.tree.map(lambda x: x.sharding, state), None
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+  assert 'Involuntary full rematerialization' not in capfd.readouterr().err
+  text = compiled.as_text()
+  rows = 8 // (shape['fsdp'] if 'fsdp' in shape else 1)
+  for whole in (f'[{rows},2048,8192]', f'[{rows * 2048},8192]', '2048,2048]'):
+    assert whole not in text
+  memory = compiled.memory_analysis()
+  logits = rows * 2048 * 8192 * 4
+  assert 0 < memory.temp_size_in_bytes < 8 * logits
