@@ -2,7 +2,7 @@
 
 python tests/benchmarks/step_rss.py [--size 0.6b] [--rows 1] [--length 256] [--steps 2]
 bfloat16 compute, float32 weights and AdamW (12 bytes a weight), every layer recomputed. 0.6b takes
-minutes and about 12 GiB on two cores. Peak RSS is that of the whole process, compilation included.
+minutes and about 13 GiB on two cores. Peak RSS is that of the whole process, compilation included.
 """
 import argparse
 import functools
