@@ -104,6 +104,9 @@ def prepare_tokenizer(config, workdir):
   elif config.init:
     kind, found = load.find(config.init)
     text.Tokenizer(found if kind == 'hf' else found / 'tokenizer').save(new)
+  elif not config.data.tokenizer_size:
+    raise ValueError('no tokenizer: give --tokenizer=DIR (that of a Qwen3 checkpoint, say), or set '
+                     'config.data.tokenizer_size to train one on the data')
   else:
     opened = [sources.open_source(spec, 'train') for spec, _ in pretrain.source_shares(config)]
     print(f'training a tokenizer of {config.data.tokenizer_size} ids on the data', flush=True)

@@ -38,7 +38,7 @@ def pretraining(stage, arg, tokens):
       router_z=0.001 if spec.experts else None,
       steps=tokens // (rows * 4096), save_every=1000, keep=3, evaluate_every=1000,
       data=dict(sources=None, heldout=(), batch=rows, length=4096, length_mix=None,
-                heldout_batches=8, tokenizer=None, tokenizer_size=2048),
+                heldout_batches=8, tokenizer=None, tokenizer_size=2048 if small else None),
       optim=dict(schedule='constant', peak_lr=peak, warmup=2000, final=0.1, decay=0.2, b1=0.9,
                  b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)), type_safe=False)
   config.model.rope_theta = 1e4  # S3 raises it

@@ -1,5 +1,6 @@
 """Models from where they lie: a Hugging Face folder, a run's workdir, a recipe's workdir."""
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from qwen3_jax.model import hf, transformer
 from qwen3_jax.spec import Spec, Yarn
 from qwen3_jax.text.tokenizer import Tokenizer
 from qwen3_jax.training import checkpoint
+
+log = logging.getLogger(__name__)
 
 
 def spec_from(fields):
@@ -65,12 +68,17 @@ def load_params(folder, spec, mesh):
   """float32 weights of `folder` for training a model of `spec`.
 
   Shapes must agree; what is not in the shapes (rope theta, YaRN, lengths) is that of `spec`: this
-  is how the long-context stage changes the base frequency. ValueError names the first difference.
+  is how the long-context stage changes the base frequency, and another base is said in a warning.
+  ValueError names the first difference.
   """
   kind, folder = find(folder)
+  theirs = Spec.from_hf(folder) if kind == 'hf' else spec_from(_read_config(folder)['model'])
+  if theirs.rope_theta != spec.rope_theta:
+    log.warning('%s was trained with a RoPE base of %s, this run has %s (config.model.rope_theta); '
+                'the long-context stage raises it on purpose', folder, f'{theirs.rope_theta:,.0f}',
+                f'{spec.rope_theta:,.0f}')
   if kind == 'run':
     return _load_run(folder, spec, mesh, jnp.float32)
-  theirs = Spec.from_hf(folder)
   for field in ('layers', 'width', 'heads', 'kv_heads', 'head_width', 'mlp', 'vocab', 'tied',
                 'experts', 'chosen', 'expert_mlp', 'sparse_step', 'mlp_only', 'renormalise',
                 'qk_norm', 'qkv_bias', 'norm_eps'):

@@ -72,7 +72,7 @@ def make_loader(config, tokenizer, mesh):
       open_documents(config, tokenizer, 'train'),
       functools.partial(tokenizer.encode, special=False), data.batch, data.length,
       tokenizer.eod_id, rows=alphabet.owned_rows(data.batch, mesh),
-      keep_whole=2 if data.length_mix else 0)
+      keep_whole=8 if data.length_mix else 0)
 
 
 def heldout_batches(config, tokenizer, mesh):
