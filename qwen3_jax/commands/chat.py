@@ -36,7 +36,7 @@ def add_arguments(parser):
 
 def main(args):
   if args.raw and (args.no_think or args.thinking_budget is not None or args.system):
-    raise ValueError('--raw continues plain text: it takes no --no-think, --thinking-budget, --system')
+    raise ValueError('--raw continues plain text: no --no-think, --thinking-budget or --system')
   from rich.console import Console
   chat = Chat(args, Console(highlight=False, soft_wrap=True))
   if args.prompt is not None:

@@ -2,8 +2,8 @@
 
 Rows of a batch are padded on the left, so that one number says how many cache slots are written.
 Every size that decides a compilation (rows, prompt length, cache slots) is rounded up to a few, and
-the cache doubles as the texts grow. Without a mesh one device works; under `jax.set_mesh`, with a model
-made or loaded sharded, rows are split over data and fsdp, heads over tensor.
+the cache doubles as the texts grow. Without a mesh one device works; under `jax.set_mesh`, with a
+model made or loaded sharded, rows are split over data and fsdp, heads over tensor.
 """
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from flax import struct
 
 from qwen3_jax.generation import thinking
 from qwen3_jax.generation.sampling import Sampling, Settings, logp_of, sample
+from qwen3_jax.kernels.experts import few
 from qwen3_jax.mesh import constrain
 from qwen3_jax.model import rope
 from qwen3_jax.model.cache import Cache
@@ -63,10 +64,15 @@ class State:
   progress: thinking.Progress | None
 
 
-@jax.jit
-def prepare(model):
-  """Decoder of `model`. It holds a copy of the weights: drop the model where memory is short."""
-  split = model.split()
+@functools.partial(jax.jit, static_argnums=1)
+def prepare(model, rows=1):
+  """Decoder of `model`, best for batches of `rows`.
+
+  It holds a copy of the weights: drop the model where memory is short.
+  """
+  spec, alone = model.spec, jax.sharding.get_abstract_mesh().empty
+  split = model.split(turn=jax.default_backend() == 'cpu' and alone and spec.experts > 0 and
+                      few(rows, spec.chosen, spec.experts))
   if not model.spec.tied:
     del split.head_VD
   return Decoder(split, constrain(model.head().T, 'DV'))
@@ -76,10 +82,10 @@ def generate(model, tokenizer, prompts, sampling=None, thinking_budget=None, see
   """Continues each prompt; a list of `Output`, in order.
 
   `prompts`: strings, lists of ids, or conversations (lists of messages, rendered with a generation
-  prompt). `sampling` and `thinking_budget`: one for all, or a list with one for each. Prompt i draws
-  with the key (sampling.seed, seeds[i]), `seeds` being 0, 1, ... by default; neither its neighbours
-  nor the batch change what it draws. Further options: see `stream`. Raises ValueError on an empty
-  or too long prompt.
+  prompt). `sampling` and `thinking_budget`: one for all, or a list with one for each. Prompt i
+  draws with the key (sampling.seed, seeds[i]), `seeds` being 0, 1, ... by default; neither its
+  neighbours nor the batch change what it draws. Further options: see `stream`. Raises ValueError on
+  an empty or too long prompt.
   """
   deltas = stream(model, tokenizer, prompts, sampling, thinking_budget, seeds, **options)
   while True:
@@ -97,7 +103,7 @@ def stream(model, tokenizer, prompts, sampling=None, thinking_budget=None, seeds
   at the texts. `stop_text` is what a spent thinking budget inserts. `enable_thinking` goes to the
   template of conversations.
   """
-  decoder = model if isinstance(model, Decoder) else prepare(model)
+  decoder = model if isinstance(model, Decoder) else prepare(model, _rows(min(rows, len(prompts))))
   ids = [_encode(tokenizer, prompt, enable_thinking) for prompt in prompts]
   each = _spread(sampling or Sampling(), len(ids), 'sampling')
   limits = _spread(thinking_budget, len(ids), 'thinking_budget')
@@ -134,6 +140,11 @@ def _spread(value, count, name):
   return values
 
 
+def _rows(count):
+  """The next power of two."""
+  return 1 << (count - 1).bit_length() if count else 1
+
+
 SLOTS = 64  # of the smallest cache
 
 
@@ -148,7 +159,8 @@ def round_up(n, least=16):
 class _Batch:
   """The host's side of rows that are decoded together."""
 
-  def __init__(self, decoder, tokenizer, prompts, each, limits, seeds, stop_text, chunk, with_routes):
+  def __init__(self, decoder, tokenizer, prompts, each, limits, seeds, stop_text, chunk,
+               with_routes):
     self.decoder, self.tokenizer, self.prompts = decoder, tokenizer, prompts
     self.chunk, self.with_routes = chunk, with_routes
     self.stops = [tokenizer.stop_ids if row.stop_ids is None else row.stop_ids for row in each]
@@ -157,13 +169,14 @@ class _Batch:
     self.texts = [tokenizer.stream() for _ in prompts]
     self.parts = [[] for _ in prompts]  # of each row, the text so far
     self.columns = []  # of each call, its arrays (steps, B)
-    extra = (1 << (len(prompts) - 1).bit_length()) - len(prompts)
+    extra = _rows(len(prompts)) - len(prompts)
     width = max(4, *map(len, self.stops))
     stop = [list(ids) + [-1] * (width - len(ids)) for ids in self.stops] + [[-1] * width] * extra
     budget = None
     if any(limit is not None for limit in limits):
       budget = thinking.make_budget(tokenizer, list(limits) + [None] * extra, stop_text)
-    settings = Settings.make(list(each) + [each[0]] * extra, list(seeds) + [0] * extra, tokenizer.size)
+    settings = Settings.make(list(each) + [each[0]] * extra, list(seeds) + [0] * extra,
+                             tokenizer.size)
     self.rows = Rows(settings, np.array(stop, np.int32),
                      np.array(self.limits + [0] * extra, np.int32), budget)
     self.progress = thinking.begin(budget, prompts + [[0]] * extra) if budget else None
@@ -175,8 +188,8 @@ class _Batch:
     segment_BT = np.zeros_like(tokens_BT)
     for row, ids in enumerate(self.prompts):
       tokens_BT[row, T - len(ids):], segment_BT[row, T - len(ids):] = ids, 1
-    state, self.prompt_routes = prefill(self.decoder, tokens_BT, segment_BT, self.rows, self.progress,
-                                        self.with_routes)
+    state, self.prompt_routes = prefill(self.decoder, tokens_BT, segment_BT, self.rows,
+                                        self.progress, self.with_routes)
     slots = used = T
     most = round_up(T + max(self.limits), SLOTS)
     while True:

@@ -11,7 +11,7 @@ STOP = ('\n\nConsidering the limited time by the user, I have to give the soluti
 STOP_AS_PRINTED = STOP.lstrip('\n').replace('</think>', '</think>.')  # as the report prints them
 
 UNLIMITED = 1 << 30
-UNOPENED, OPEN, CLOSED = range(3)  # no tag seen yet; inside the think block; after it or without one
+UNOPENED, OPEN, CLOSED = range(3)  # before a think block; inside it; after it, or without one
 
 
 @struct.dataclass

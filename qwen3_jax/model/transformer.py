@@ -146,10 +146,16 @@ class Qwen3(nnx.Module):
     return [jax.tree.map(lambda w, i=i: w[i], stack)
             for stack in self.stacks for i in range(stack.attention_norm_D.shape[0])]
 
-  def split(self):
-    """The same model with one stack a layer, for decoding: `unstacked` then slices nothing."""
-    model = jax.tree.map(lambda w: w, self)
-    model.stacks = nnx.List([jax.tree.map(lambda w: w[None], block) for block in self.unstacked()])
+  def split(self, turn=False):
+    """The same model with one stack a layer, for decoding: `unstacked` then slices nothing.
+
+    With `turn`, mixtures are turned (`Moe.turn`).
+    """
+    model, blocks = jax.tree.map(lambda w: w, self), self.unstacked()
+    for block in blocks:
+      if turn and isinstance(block.mlp, Moe):
+        block.mlp.turn()
+    model.stacks = nnx.List([jax.tree.map(lambda w: w[None], block) for block in blocks])
     return model
 
   def head(self):

@@ -4,6 +4,7 @@ import dataclasses
 import jax
 import pytest
 
+from qwen3_jax.generation import thinking
 from qwen3_jax.model import transformer
 from qwen3_jax.spec import Spec
 from qwen3_jax.text.tokenizer import train
@@ -15,7 +16,7 @@ SPEC = Spec(2, 32, 4, 2, 64, vocab=512, head_width=16, tied=True, max_position=5
 def tokenizer(tmp_path_factory):
   words = ('the quick brown fox jumps over a lazy dog; Considering time limited by the user, '
            'I have to give the solution based on thinking directly now. ')
-  texts = [words * 3, 'naïve café, 日本語, 🙂 and 12345 + 678 = 13023\n\n' * 4]
+  texts = [thinking.STOP * 40, words * 3, 'naïve café, 日本語, 🙂 and 12345 + 678 = 13023\n\n' * 4]
   return train(texts, 400, tmp_path_factory.mktemp('tokenizer'))
 
 

@@ -75,6 +75,16 @@ class _Stub:
     return stream
 
 
+@pytest.mark.parametrize('rows', [1, 8])
+def test_a_mixture_turned_or_not_gives_the_same(moe_model, tokenizer, rows):
+  """`prepare` turns expert weights where a batch is of few rows; both ways work at any size."""
+  expected = engine.generate(engine.prepare(moe_model, 512), tokenizer, PROMPTS[:rows], SHORT)
+  turned = engine.prepare(moe_model, 2)
+  assert hasattr(turned.model.stacks[1].mlp, 'gate_DEF')
+  outputs = engine.generate(turned, tokenizer, PROMPTS[:rows], SHORT)
+  assert [out.tokens for out in outputs] == [out.tokens for out in expected]
+
+
 def test_samples_do_not_depend_on_the_batch(model, tokenizer):
   row = Sampling(1.0, top_k=50, top_p=0.95, max_tokens=24, seed=3)
   together = engine.generate(model, tokenizer, PROMPTS, row)
@@ -114,7 +124,8 @@ def test_presence_penalty_forbids_repetition(model, tokenizer):
 
 def test_stream_gives_the_text_in_order(model, tokenizer):
   row = dataclasses.replace(NON_THINKING, temperature=3.0, max_tokens=40)
-  texts, stream = [''] * len(PROMPTS), engine.stream(model, tokenizer, PROMPTS, row, chunk=4, rows=3)
+  texts = [''] * len(PROMPTS)
+  stream = engine.stream(model, tokenizer, PROMPTS, row, chunk=4, rows=3)
   while True:
     try:
       place, delta = next(stream)
