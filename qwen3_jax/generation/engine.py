@@ -15,7 +15,6 @@ from flax import struct
 
 from qwen3_jax.generation import thinking
 from qwen3_jax.generation.sampling import Sampling, Settings, logp_of, sample
-from qwen3_jax.kernels.experts import few
 from qwen3_jax.mesh import constrain
 from qwen3_jax.model import rope
 from qwen3_jax.model.cache import Cache
@@ -70,9 +69,7 @@ def prepare(model, rows=1):
 
   It holds a copy of the weights: drop the model where memory is short.
   """
-  spec, alone = model.spec, jax.sharding.get_abstract_mesh().empty
-  split = model.split(turn=jax.default_backend() == 'cpu' and alone and spec.experts > 0 and
-                      few(rows, spec.chosen, spec.experts))
+  split = model.split(rows if jax.sharding.get_abstract_mesh().empty else None)
   if not model.spec.tied:
     del split.head_VD
   return Decoder(split, constrain(model.head().T, 'DV'))

@@ -67,20 +67,8 @@ class Moe(nnx.Module):
     return y_BTD, _balance(logits_BTE, probability_BTE, routes, context.segment_BT), routes
 
   def _experts(self, x_BTD, routes_BTX, gate_BTX):
-    turned = hasattr(self, 'gate_DEF')
-    gate, up = (self.gate_DEF, self.up_DEF) if turned else (self.gate_EDF, self.up_EDF)
-    gate, up, down_EFD = (w[...].astype(x_BTD.dtype) for w in (gate, up, self.down_EFD))
-    if turned and kernel.few(math.prod(x_BTD.shape[:2]), routes_BTX.shape[-1], len(down_EFD)):
-      return _flat_experts(x_BTD, routes_BTX, gate_BTX, gate, up, down_EFD, run=kernel.every)
-    if turned:
-      gate, up = gate.swapaxes(0, 1), up.swapaxes(0, 1)
-    return _sharded_experts(x_BTD, routes_BTX, gate_BTX, gate, up, down_EFD)
-
-  def turn(self):
-    """Makes the gate and up weights (D, E, F), as `kernels.experts.every` wants them."""
-    self.gate_DEF = nnx.Param(self.gate_EDF[...].swapaxes(0, 1))
-    self.up_DEF = nnx.Param(self.up_EDF[...].swapaxes(0, 1))
-    del self.gate_EDF, self.up_EDF
+    weights = [w[...].astype(x_BTD.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
+    return _sharded_experts(x_BTD, routes_BTX, gate_BTX, *weights)
 
 
 def _balance(logits_BTE, probability_BTE, routes_BTX, segment_BT):
@@ -113,6 +101,6 @@ def _gathered_experts(x_BTD, routes_BTX, gate_BTX, *weights, experts_axis, width
   return jax.lax.psum(y_BTD, width_axis) if width_axis else y_BTD
 
 
-def _flat_experts(x_BTD, routes_BTX, gate_BTX, *weights, run=kernel.experts):
+def _flat_experts(x_BTD, routes_BTX, gate_BTX, *weights):
   flat = [x.reshape(-1, x.shape[-1]) for x in (x_BTD, routes_BTX, gate_BTX)]
-  return run(*flat, *weights).reshape(x_BTD.shape)
+  return kernel.experts(*flat, *weights).reshape(x_BTD.shape)

@@ -10,6 +10,7 @@ from qwen3_jax.mesh import constrain, shardings
 from qwen3_jax.model import rope
 from qwen3_jax.model.attention import Attention, rms_norm
 from qwen3_jax.model.cache import Cache
+from qwen3_jax.model.fused import fuse
 from qwen3_jax.model.moe import Balance, Mlp, Moe
 
 UNROLLED = 8  # layers; a shorter stack is no loop (XLA:CPU runs a loop's body on one thread)
@@ -146,15 +147,14 @@ class Qwen3(nnx.Module):
     return [jax.tree.map(lambda w, i=i: w[i], stack)
             for stack in self.stacks for i in range(stack.attention_norm_D.shape[0])]
 
-  def split(self, turn=False):
-    """The same model with one stack a layer, for decoding: `unstacked` then slices nothing.
+  def split(self, rows=None):
+    """The same model with one stack a layer, for calls with a cache: `unstacked` slices nothing.
 
-    With `turn`, mixtures are turned (`Moe.turn`).
+    With `rows`, the tokens decoded at once on one device, the blocks are fused for them.
     """
     model, blocks = jax.tree.map(lambda w: w, self), self.unstacked()
-    for block in blocks:
-      if turn and isinstance(block.mlp, Moe):
-        block.mlp.turn()
+    if rows:
+      blocks = [fuse(block, self.spec, rows) for block in blocks]
     model.stacks = nnx.List([jax.tree.map(lambda w: w[None], block) for block in blocks])
     return model
 
