@@ -30,7 +30,7 @@ def add_arguments(parser):
 
 def main(args):
   recipe = configs.load_config(args.config, args.overrides)
-  workdir = epath.Path(args.workdir)
+  workdir = epath.Path(args.workdir).resolve()
   plan = make_plan(recipe, workdir, args.set or [], args.until)
   describe(plan)
   if args.dry_run:

@@ -25,7 +25,8 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segment_BT, segment_BS, start=0, block=Non
   block = block or (128 if T <= 512 else 512)
   if isinstance(start, int) and start == 0 and T == S:
     return _causal(q_BTNH, k_BSKH, v_BSKH, segment_BT, min(block, T))
-  return _forward(q_BTNH, k_BSKH, v_BSKH, segment_BT, segment_BS, start, min(block, T), min(block, S))[0]
+  return _forward(q_BTNH, k_BSKH, v_BSKH, segment_BT, segment_BS, start, min(block, T),
+                  min(block, S))[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -39,7 +40,8 @@ def _causal_forward(q, k, v, segment, block):
 
 
 def _pairs(n_q, n_k, causal):
-  return np.array([(i, j) for i in range(n_q) for j in range(n_k) if not causal or j <= i], np.int32)
+  every = ((i, j) for i in range(n_q) for j in range(n_k))
+  return np.array([(i, j) for i, j in every if not causal or j <= i], np.int32)
 
 
 def _pad(x, block):
@@ -70,18 +72,18 @@ def _from_key_blocks(x, S):
   return x.transpose(1, 0, 3, 2, 4).reshape(B, n * block, K, H)[:, :S]
 
 
-def _segment_blocks(segment_BT, block, repeat=1):
+def _segment_blocks(segment_BT, block):
   B, T = segment_BT.shape
-  return jnp.tile(segment_BT.reshape(B, T // block, block).swapaxes(0, 1), (1, 1, repeat))
+  return segment_BT.reshape(B, T // block, block).swapaxes(0, 1)
 
 
-def _seen(i, j, q_segment, k_segment, start, block_q, block_k):
-  """(B, 1, rows, block_k): which keys of block j the rows of query block i may see."""
-  rows = q_segment.shape[-1]
-  q_slot = start + i * block_q + jnp.arange(rows) % block_q
+def _bias(i, j, q_segment, k_segment, start, block_q, block_k):
+  """(B, block_q, block_k): 0 where a query of block i may see a key of block j, else MASKED.
+  """
+  q_slot = start + i * block_q + jnp.arange(block_q)
   k_slot = j * block_k + jnp.arange(block_k)
   same = (q_segment[:, :, None] == k_segment[:, None]) & (q_segment[:, :, None] > 0)
-  return (same & (k_slot <= q_slot[:, None]))[:, None]
+  return jnp.where(same & (k_slot <= q_slot[:, None]), 0.0, MASKED)
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -115,12 +117,13 @@ def _forward(q, k, v, q_segment, k_segment, start, block_q, block_k):
   q, q_segment = _query_blocks(_pad(q, block_q), K, block_q), _pad(q_segment, block_q)
   k, v, k_segment = (_pad(x, block_k) for x in (k, v, k_segment))
   k, v = _key_blocks(k, block_k), _key_blocks(v, block_k)
-  q_segment = _segment_blocks(q_segment, block_q, N // K)
+  q_segment = _segment_blocks(q_segment, block_q)
   k_segment = _segment_blocks(k_segment, block_k)
 
   def visit(i, j, o, m, l):
-    seen = _seen(i, j, q_segment[i], k_segment[j], start, block_q, block_k)
-    s = jnp.where(seen, _dot('BKRH,BKSH->BKRS', q[i], k[j]) * H ** -0.5, MASKED)
+    bias = _bias(i, j, q_segment[i], k_segment[j], start, block_q, block_k)
+    bias = jnp.tile(bias, (1, N // K, 1))[:, None]
+    s = _dot('BKRH,BKSH->BKRS', q[i], k[j]) * H ** -0.5 + bias
     m_new = jnp.maximum(m, s.max(-1))
     p = jnp.exp(s - m_new[..., None])
     keep = jnp.exp(m - m_new)
@@ -143,11 +146,12 @@ def _causal_backward(block, saved, do):
   q, do, delta = (_query_blocks(_pad(x, block), K, block) for x in (q, do, delta))
   k, v = (_key_blocks(_pad(x, block), block) for x in (k, v))
   segment = _pad(segment, block)
-  q_segment, k_segment = _segment_blocks(segment, block, N // K), _segment_blocks(segment, block)
+  segment = _segment_blocks(segment, block)
 
   def visit(i, j, dq, dk, dv):
-    seen = _seen(i, j, q_segment[i], k_segment[j], 0, block, block).swapaxes(2, 3)
-    s = jnp.where(seen, _dot('BKSH,BKRH->BKSR', k[j], q[i]) * H ** -0.5, MASKED)
+    bias = _bias(i, j, segment[i], segment[j], 0, block, block).swapaxes(1, 2)
+    bias = jnp.tile(bias, (1, 1, N // K))[:, None]
+    s = _dot('BKSH,BKRH->BKSR', k[j], q[i]) * H ** -0.5 + bias
     p = jnp.exp(s - lse[i][:, :, None])
     dp = _dot('BKSH,BKRH->BKSR', v[j], do[i])
     ds = (p * (dp - delta[i].swapaxes(2, 3)) * H ** -0.5).astype(q.dtype)

@@ -60,8 +60,9 @@ def few(tokens, chosen, experts):
 def plan(chosen_MX, experts, rows):
   """Where each assignment goes when experts' groups are padded to multiples of `rows`.
 
-  Returns slot_P (the assignment m * X + x of each row; M * X where the row is padding), row_MX (the
-  row of each assignment), count_E (assignments of each expert) and the expert of each block of rows.
+  Returns slot_P (the assignment m * X + x of each row; M * X where the row is padding), row_MX
+  (the row of each assignment), count_E (assignments of each expert) and the expert of each block
+  of rows.
   """
   A = chosen_MX.size
   flat_A = chosen_MX.reshape(-1)
@@ -72,8 +73,9 @@ def plan(chosen_MX, experts, rows):
   sorted_A = flat_A[order_A]
   row_A = (end_E - padded_E - jnp.cumsum(count_E) + count_E)[sorted_A] + jnp.arange(A)
   total = -(-A // rows) * rows + experts * (rows - 1) // rows * rows
-  slot_P = jnp.full(total, A, jnp.int32).at[row_A].set(order_A.astype(jnp.int32), unique_indices=True)
-  row_MX = jnp.zeros(A, jnp.int32).at[order_A].set(row_A.astype(jnp.int32), unique_indices=True)
+  order_A, row_A = order_A.astype(jnp.int32), row_A.astype(jnp.int32)
+  slot_P = jnp.full(total, A, jnp.int32).at[row_A].set(order_A, unique_indices=True)
+  row_MX = jnp.zeros(A, jnp.int32).at[order_A].set(row_A, unique_indices=True)
   starts = jnp.arange(total // rows) * rows
   of_block = jnp.minimum(jnp.searchsorted(end_E, starts, side='right'), experts - 1)
   return slot_P, row_MX.reshape(chosen_MX.shape), count_E.astype(jnp.int32), of_block

@@ -6,6 +6,7 @@ interleaved).
 """
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -93,7 +94,11 @@ def spec_frequencies(spec):
 def rotation(position_BT, freq, scale=1.0):
   """cos and sin, each float32 (B, T, 1, H/2), of the angles position * frequency."""
   angle = position_BT.astype(jnp.float32)[..., None] * jnp.asarray(freq, jnp.float32)
-  return jnp.cos(angle)[:, :, None] * scale, jnp.sin(angle)[:, :, None] * scale
+
+  def tables(angle):
+    return jnp.cos(angle)[:, :, None] * scale, jnp.sin(angle)[:, :, None] * scale
+  # A branch never left, but not fused either: XLA:CPU would compute sines anew in every layer.
+  return jax.lax.cond(position_BT[0, 0] >= 0, tables, tables, angle)
 
 
 def rotate(x_BTNH, cos, sin):

@@ -32,8 +32,9 @@ def settings(smallest):
 
 def weights(workdir):
   """Every file of the last stage's last checkpoint, for comparing runs bit for bit."""
-  from qwen3_jax.stages import load
   from jax import tree
+
+  from qwen3_jax.stages import load
   return [np.asarray(x) for x in tree.leaves(load.load(workdir / 's3', dtype=None))]
 
 
