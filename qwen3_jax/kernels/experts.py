@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 ROWS = 64  # rows of one CPU block in training; small batches use smaller ones
+UNROLL = 8  # blocks in one turn of the loop: what does not depend on each other runs at once
 
 
 def experts(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):
@@ -119,7 +120,8 @@ def _swiglu(x_blocks, gate_EDF, up_EDF, down_EFD, expert):
   def one(block):
     x, e = block
     return (jax.nn.silu(x @ gate_EDF[e]) * (x @ up_EDF[e])) @ down_EFD[e]
-  return jax.lax.map(one, (x_blocks, expert))
+  return jax.lax.scan(lambda _, block: (None, one(block)), None, (x_blocks, expert),
+                      unroll=min(UNROLL, len(expert)))[1]
 
 
 def _swiglu_backward(saved, dy_blocks):
@@ -135,7 +137,8 @@ def _swiglu_backward(saved, dy_blocks):
     return sums, dg @ gate_EDF[e].T + du @ up_EDF[e].T
 
   zero = tuple(jnp.zeros_like(w) for w in (gate_EDF, up_EDF, down_EFD))
-  sums, dx_blocks = jax.lax.scan(visit, zero, (x_blocks, dy_blocks, expert))
+  sums, dx_blocks = jax.lax.scan(visit, zero, (x_blocks, dy_blocks, expert),
+                                 unroll=min(UNROLL, len(expert)))
   return dx_blocks, *sums, None
 
 

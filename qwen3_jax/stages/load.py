@@ -72,13 +72,11 @@ def load_params(folder, spec, mesh):
   ValueError names the first difference.
   """
   kind, folder = find(folder)
-  theirs = Spec.from_hf(folder) if kind == 'hf' else spec_from(_read_config(folder)['model'])
-  if theirs.rope_theta != spec.rope_theta:
-    log.warning('%s was trained with a RoPE base of %s, this run has %s (config.model.rope_theta); '
-                'the long-context stage raises it on purpose', folder, f'{theirs.rope_theta:,.0f}',
-                f'{spec.rope_theta:,.0f}')
   if kind == 'run':
+    _compare_base(folder, _read_config(folder)['model'].get('rope_theta'), spec)
     return _load_run(folder, spec, mesh, jnp.float32)
+  theirs = Spec.from_hf(folder)
+  _compare_base(folder, theirs.rope_theta, spec)
   for field in ('layers', 'width', 'heads', 'kv_heads', 'head_width', 'mlp', 'vocab', 'tied',
                 'experts', 'chosen', 'expert_mlp', 'sparse_step', 'mlp_only', 'renormalise',
                 'qk_norm', 'qkv_bias', 'norm_eps'):
@@ -88,6 +86,13 @@ def load_params(folder, spec, mesh):
   params = hf.load(folder, mesh, jnp.float32)
   params.spec = spec
   return params
+
+
+def _compare_base(folder, theirs, spec):
+  if theirs and theirs != spec.rope_theta:
+    log.warning('%s was trained with a RoPE base of %s, this run has %s (config.model.rope_theta); '
+                'the long-context stage raises it on purpose', folder, f'{theirs:,.0f}',
+                f'{spec.rope_theta:,.0f}')
 
 
 def _load_run(folder, spec, mesh, dtype):
