@@ -38,7 +38,7 @@ def main(args):
   if args.raw and (args.no_think or args.thinking_budget is not None or args.system):
     raise ValueError('--raw continues plain text: no --no-think, --thinking-budget or --system')
   from rich.console import Console
-  chat = Chat(args, Console(highlight=False, soft_wrap=True))
+  chat = Chat(args, Console(soft_wrap=True))
   if args.prompt is not None:
     chat.answer(args.prompt)
     return 0
@@ -103,7 +103,8 @@ class Chat:
       for part in re.split(f'({ANSWER.pattern})', delta):
         closes = part == '</think>'
         thinking = thinking or part == '<think>'
-        self.console.print(printable(part), style='dim' if thinking else None, end='', markup=False)
+        self.console.print(printable(part), style='dim' if thinking else None, end='', markup=False,
+                           highlight=False, emoji=False)
         thinking = thinking and not closes
       sys.stdout.flush()
 
