@@ -9,9 +9,9 @@ from qwen3_jax.stages.defaults import pretraining
 def get_config(arg):
   config = pretraining('s2', arg, tokens=5 * 10**12)
   config.optim.peak_lr *= 0.3
-  config.optim.schedule, config.optim.final, config.optim.warmup = 'linear', 0.1, 0
+  config.optim.schedule, config.optim.final, config.optim.warmup = 'linear', 0.1, 10
   if config.model.layers == 4:
-    config.steps = 200
-    config.data.sources = (('stdlib', 0.5), ('tasks', 0.5))
+    config.steps = 140
+    config.data.sources = (('stdlib', 0.7), ('tasks', 0.3))
     config.data.heldout = ('stdlib', 'tasks:size=400')
   return config

@@ -9,6 +9,9 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
   flags = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
   os.environ['XLA_FLAGS'] = flags.strip()
+# Compilation is most of the tests' time; what is compiled here runs once. `.ci/run` also runs the
+# goldens with all optimisations (JAX_DISABLE_MOST_OPTIMIZATIONS=0).
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 if os.environ['JAX_PLATFORMS'] == 'cpu':  # libtpu is then only a compiler: no chip to ask or lock
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')

@@ -58,7 +58,7 @@ def make_plan(recipe, workdir, settings, until):
     own = [f'--config.{s.removeprefix(name + ".")}' for s in settings if s.startswith(f'{name}.')]
     config = configs.load_config(file, own)
     with config.unlocked():
-      config.seed = recipe.seed
+      config.seed = recipe.seed + len(plan)  # else every stage would read the same documents
       config.init = config.init or (str(workdir / plan[-1][0]) if plan else None)
     plan.append((name, config))
     if name == until:

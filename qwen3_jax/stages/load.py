@@ -68,15 +68,17 @@ def load_params(folder, spec, mesh):
   """float32 weights of `folder` for training a model of `spec`.
 
   Shapes must agree; what is not in the shapes (rope theta, YaRN, lengths) is that of `spec`: this
-  is how the long-context stage changes the base frequency, and another base is said in a warning.
+  is how the long-context stage changes the base frequency. A warning says so for a Hugging Face
+  folder.
   ValueError names the first difference.
   """
   kind, folder = find(folder)
   if kind == 'run':
-    _compare_base(folder, _read_config(folder)['model'].get('rope_theta'), spec)
     return _load_run(folder, spec, mesh, jnp.float32)
   theirs = Spec.from_hf(folder)
-  _compare_base(folder, theirs.rope_theta, spec)
+  if theirs.rope_theta != spec.rope_theta:
+    log.warning('%s has a RoPE base of %s, this run trains with %s (config.model.rope_theta)',
+                folder, f'{theirs.rope_theta:,.0f}', f'{spec.rope_theta:,.0f}')
   for field in ('layers', 'width', 'heads', 'kv_heads', 'head_width', 'mlp', 'vocab', 'tied',
                 'experts', 'chosen', 'expert_mlp', 'sparse_step', 'mlp_only', 'renormalise',
                 'qk_norm', 'qkv_bias', 'norm_eps'):
@@ -86,13 +88,6 @@ def load_params(folder, spec, mesh):
   params = hf.load(folder, mesh, jnp.float32)
   params.spec = spec
   return params
-
-
-def _compare_base(folder, theirs, spec):
-  if theirs and theirs != spec.rope_theta:
-    log.warning('%s was trained with a RoPE base of %s, this run has %s (config.model.rope_theta); '
-                'the long-context stage raises it on purpose', folder, f'{theirs:,.0f}',
-                f'{spec.rope_theta:,.0f}')
 
 
 def _load_run(folder, spec, mesh, dtype):
