@@ -29,7 +29,7 @@ def add_arguments(parser):
   parser.add_argument('--temperature', type=float, metavar='T',
                       help='0 is greedy (default: 0.6 thinking, 0.7 not)')
   parser.add_argument('--max-tokens', type=int, default=2048, metavar='N', help='longest answer')
-  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--seed', type=int, default=0, help='of the draws')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'),
                       help='of weights and arithmetic (default: float32 on CPU, else bfloat16)')
 
