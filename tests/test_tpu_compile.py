@@ -49,4 +49,4 @@ def test_step_compiles_in_bounded_memory(topology, shape, moe, capfd):
     assert whole not in text
   memory = compiled.memory_analysis()
   logits = rows * 4096 * 8192 * 4
-  assert 0 < memory.temp_size_in_bytes < 8 * logits
+  assert memory.temp_size_in_bytes < 1.5 * logits  # all logits and their gradient would be 2
