@@ -12,6 +12,7 @@ Examples:
   python -m qwen3_jax train --config=configs/s3.py:0.6b --workdir=runs/s3 --init=Qwen3-0.6B-Base \\
     --config.data.sources="(('/data/*.jsonl', 1.0),)"
 """
+import importlib
 import json
 import sys
 
@@ -21,6 +22,9 @@ from qwen3_jax.commands import config as configs
 
 CONFIG_ERROR = 78
 DIVERGED = 3
+
+METHODS = {'pretrain': 'qwen3_jax.stages.pretrain', 'sft': 'qwen3_jax.stages.sft',
+           'reward': 'qwen3_jax.stages.reward', 'dpo': 'qwen3_jax.stages.dpo'}
 
 # What a run that is continued may change: how far, how often, on which machine; not what it learns.
 FREE = ('steps', 'save_every', 'keep', 'evaluate_every', 'mesh', 'remat', 'micro_batches')
@@ -50,13 +54,12 @@ def main(args):
 
 def train(config, workdir):
   """Runs the stage of `config` in `workdir`; returns the exit code."""
-  from qwen3_jax.stages import pretrain
   from qwen3_jax.training.fit import Preempted
   from qwen3_jax.training.preemption import EXIT_CODE
   claim(workdir, config)
   tokenizer = prepare_tokenizer(config, workdir)
   try:
-    pretrain.run(config, workdir, tokenizer)
+    importlib.import_module(METHODS[config.method]).run(config, workdir, tokenizer)
   except Preempted as e:
     print(e, file=sys.stderr)
     return EXIT_CODE

@@ -31,7 +31,7 @@ def pretraining(stage, arg, tokens):
   spec = TINY['moe' if options else 'tiny'] if small else RELEASED[f'{size}-base']
   peak, rows = (4e-3, 16) if small else RECIPES[size]
   config = ConfigDict(dict(
-      stage=stage, seed=0, init=None, model=_fields(spec),
+      stage=stage, method='pretrain', seed=0, init=None, model=_fields(spec),
       mesh=dict(data=1, fsdp=None, context=1, tensor=1),  # None: the devices that remain
       dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', micro_batches=1,
       balance=0.008 if spec.experts else None,  # global-batch weight (2501.11873): HF's 0.001 x 8

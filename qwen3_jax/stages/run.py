@@ -1,0 +1,96 @@
+"""What every stage that trains shares: mesh, optimizer, resume, the loop, the data's cursor."""
+import contextlib
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from qwen3_jax import mesh as alphabet
+from qwen3_jax.data import packing
+from qwen3_jax.model import transformer
+from qwen3_jax.stages import load
+from qwen3_jax.training import fit, optim
+from qwen3_jax.training import step as training
+from qwen3_jax.training.checkpoint import Checkpoints
+from qwen3_jax.training.metrics import Metrics
+
+
+def train(config, workdir, *, spec, loss, open_loader, heldout, make=transformer.make,
+          restore=load.load_params):
+  """Trains one stage in `workdir` up to `config.steps`, from its last checkpoint if it has one.
+
+  `loss(params, batch)` is the stage's loss (see `training.step.make_step`); `open_loader(mesh)`
+  gives its stream of batches (`data.packing.Loader`), `heldout(mesh)` {name: global batches}.
+  `make(spec, seed)` builds random weights, `restore(folder, spec, mesh)` those of `config.init`.
+  """
+  mesh = alphabet.make_mesh({axis: size for axis, size in config.mesh.items() if size})
+  o = config.optim
+  optimizer = optim.adamw(o.b1, o.b2, o.eps, o.weight_decay, o.clip)
+  rate = optim.schedule(o.schedule, o.peak_lr, config.steps, o.warmup, o.final, o.decay)
+  with (jax.set_mesh(mesh), contextlib.closing(open_loader(mesh)) as loader,
+        contextlib.closing(Checkpoints(workdir / 'checkpoints', config.keep)) as checkpoints):
+    evaluate = fit.evaluator(loss, heldout(mesh))
+    if checkpoints.latest() is None:
+      state = first_state(config, spec, optimizer, mesh, make, restore)
+    else:
+      state = resume(config, spec, optimizer, mesh, make, checkpoints, loader)
+    step = training.make_step(loss, optimizer, rate, config.micro_batches)
+    out = jax.tree.map(lambda x: x.sharding, state), None
+    step = jax.jit(step, donate_argnums=0, out_shardings=out)
+
+    def draw(params, number):
+      return alphabet.to_global(next(loader), loader.rows, loader.batch, mesh)
+    with Metrics(workdir, config.steps, config.stage, int(state.step),
+                 spec.flops_per_token(config.data.length)) as metrics:
+      return fit.fit(state, step, draw, steps=config.steps, checkpoints=checkpoints,
+                     metrics=metrics, cursor=lambda: gather_cursor(loader.state()),
+                     config=config.to_dict(), save_every=config.save_every, evaluate=evaluate,
+                     evaluate_every=config.evaluate_every)
+
+
+def first_state(config, spec, optimizer, mesh, make, restore):
+  """TrainState at step 0: random, or the weights of `config.init`."""
+  if config.init:
+    return training.state_from(restore(config.init, spec, mesh), optimizer, mesh)
+  return training.initial_state(functools.partial(make, spec, config.seed), optimizer, mesh)
+
+
+def resume(config, spec, optimizer, mesh, make, checkpoints, loader):
+  """The TrainState last saved; the loader continues behind what it had read."""
+  shapes = jax.eval_shape(lambda: training.state_of(make(spec), optimizer))
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                          alphabet.shardings(shapes, mesh))
+  step, state, cursor = checkpoints.restore(abstract)
+  if step > config.steps:
+    raise ValueError(f'{checkpoints.folder} is at step {step} already, config.steps is '
+                     f'{config.steps}; ask for more steps, or use another --workdir')
+  loader.restore(cursor)
+  return state
+
+
+def check_vocabulary(tokenizer, spec):
+  """Raises ValueError where the embedding lacks rows for the tokenizer's ids."""
+  if tokenizer.size > spec.vocab:
+    raise ValueError(f'the tokenizer has {tokenizer.size} ids, config.model.vocab is {spec.vocab}; '
+                     'the embedding must have a row for each')
+
+
+def compute_dtype(config):
+  """The type of activations and matmuls; ValueError for a dtype or remat that does not exist."""
+  for field, known in (('dtype', ('float32', 'bfloat16')), ('remat', transformer.POLICIES)):
+    if config[field] not in known:
+      raise ValueError(f'config.{field} is {config[field]!r}; want one of {", ".join(known)}')
+  return jnp.dtype(config.dtype)
+
+
+def gather_cursor(state):
+  """The whole batch's data position from every host's part of it."""
+  if jax.process_count() == 1:
+    return state
+  text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+  size = int(multihost_utils.process_allgather(np.array(text.size)).max())
+  texts = multihost_utils.process_allgather(np.pad(text, (0, size - text.size), constant_values=32))
+  return packing.merge_states([json.loads(bytes(text)) for text in texts])
