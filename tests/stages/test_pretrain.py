@@ -13,7 +13,8 @@ from qwen3_jax import mesh as alphabet
 from qwen3_jax.commands import config as configs
 from qwen3_jax.commands import train
 from qwen3_jax.model import transformer
-from qwen3_jax.stages import load, pretrain, run
+from qwen3_jax.stages import load, pretrain
+from qwen3_jax.stages.run import first_state
 from qwen3_jax.text.tokenizer import Tokenizer
 from qwen3_jax.training import metrics, optim
 
@@ -112,7 +113,7 @@ def test_next_stage_starts_from_the_weights_and_another_rope(straight, smallest)
   config = configs.load_config('configs/s3.py:tiny', smallest(init=str(straight[0])))
   spec = load.spec_from(config.model)
   mesh = alphabet.make_mesh()
-  state = run.first_state(config, spec, optim.adamw(), mesh, transformer.make, load.load_params)
+  state = first_state(config, spec, optim.adamw(), mesh, transformer.make, load.load_params)
   saved = read_arrays(straight[0], STEPS)[0]
   assert state.params.spec.rope_theta == 1e6
   assert configs.load_config('configs/s1.py:tiny').model.rope_theta == 1e4
