@@ -1,0 +1,277 @@
+"""Whether a training text contains a test item: the longest common substring rule of Qwen2.
+
+A training text t is contaminated by a test item e (Qwen2 report, section 3.1; Qwen2.5 the same)
+if their longest common run of tokens L has |L| >= 13 and |L| >= 0.6 min(|t|, |e|). Tokens here are
+normalised words, numbers and operators (`tokenise`), so that spacing, case, punctuation and the
+ways to write one LaTeX formula do not hide an item. Two additions make the rule work on short
+questions. Boilerplate (phrases that several unrelated test items share, and `PHRASES`) counts in
+neither |L| nor |t| nor |e|, unless L is all of t or e. And below 13 tokens, where the rule is
+silent, an item counts as found if it is in t whole (from `short` tokens on), if t is at least
+`short` tokens of it and 60 % of it, or if both are equal (from `least` tokens on).
+"""
+
+import dataclasses
+import re
+import unicodedata
+from collections import defaultdict
+
+import numpy as np
+
+RUN, SHARE = 13, 0.6
+PHRASES = (
+  'where m and n are relatively prime positive integers. Find m + n.',
+  'can be expressed as m/n where m and n are relatively prime positive integers. Find m+n.',
+  'can be written in the form \\frac{m}{n}, where $m$ and $n$ are relatively prime positive',
+  'Express your answer as a common fraction in simplest radical form.',
+  'Express your answer as a decimal to the nearest tenth. Round your answer to the nearest',
+  'Find the sum of all possible values of x. Enter all the solutions separated by commas.',
+  'Which of the following statements is true? Which one of the following is correct?',
+  'Please reason step by step, and put your final answer within \\boxed{}.')
+
+_SAME = {
+  'dfrac': 'frac', 'tfrac': 'frac', 'cfrac': 'frac', 'leq': 'le', 'leqslant': 'le', 'geq': 'ge',
+  'geqslant': 'ge', 'neq': 'ne', 'cdot': '*', 'times': '*', 'ast': '*', 'div': '/', 'to': 'to',
+  'rightarrow': 'to', 'ldots': '', 'dots': '', 'cdots': '', 'left': '', 'right': '', 'big': '',
+  'bigg': '', 'text': '', 'textbf': '', 'textit': '', 'mathrm': '', 'mathbf': '', 'mbox': '',
+  'rm': '', 'displaystyle': '', 'quad': '', 'qquad': '', 'limits': '', 'hspace': '', 'emph': '',
+  'degree': 'circ', 'lvert': '|', 'rvert': '|', 'mid': '|', 'boxed': '', 'operatorname': ''}
+_SIGNS = str.maketrans({
+  '−': '-', '–': '-', '—': ' ', '×': '*', '·': '*', '÷': '/', '≤': ' le ', '≥': ' ge ',
+  '≠': ' ne ', '√': ' sqrt ', 'π': ' pi ', '°': ' circ ', '’': "'", '…': ' ', '→': ' to '})
+_SPLIT_FRACTION = re.compile(r'(\\[dtc]?frac)\s*(\d)\s*(\d)')
+_THOUSANDS = re.compile(r'(?<=\d)(?:\{,\}|\\?,\\?!?|,)(?=\d{3}(?!\d))')
+_TOKEN = re.compile(
+  r'\d+(?:\.\d+)?|[\u2e80-\u2fdf\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]'
+  r"|[^\W\d_\u2e80-\u2fdf\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af]+(?:'[a-z]+)?|[+\-*/^=<>|]")
+_COMMAND = re.compile(r'\\([a-z]+)')
+_DRAWING = re.compile(r'\[asy\].*?(?:\[/asy\]|\Z)', re.DOTALL)  # its code says nothing of the question
+
+
+def tokenise(text):
+  """Words, numbers, operators and single Chinese, Japanese or Korean characters, normalised.
+
+  Case, white space, `$`, braces, brackets, punctuation and LaTeX's spacing and font commands
+  vanish, and so does Asymptote code; `\\dfrac12`, `\\frac{1}{2}` and `\\tfrac 1 2` are the same tokens, `1,000` is `1000`.
+  """
+  if not text.isascii():
+    text = unicodedata.normalize('NFKC', text.translate(_SIGNS))
+  text = text.lower()
+  if '[asy]' in text:
+    text = _DRAWING.sub(' ', text)
+  if '\\' in text:
+    text = _SPLIT_FRACTION.sub(r'\1 \2 \3 ', text)
+    text = _THOUSANDS.sub('', text)
+    text = re.sub(r'\\[,;:! ]|~|&', ' ', text)
+    text = _COMMAND.sub(lambda m: f' {_SAME.get(m[1], m[1])} ', text)
+  elif ',' in text:
+    text = _THOUSANDS.sub('', text)
+  text = re.sub(r'(?<=[a-z])-(?=[a-z])', ' ', text)
+  return _TOKEN.findall(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+  """Test item `item` shares the run `text` of `length` tokens, `share` of the shorter of both."""
+  item: object
+  length: int
+  share: float
+  text: str
+
+
+_PRIME = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _hash_windows(codes, width):
+  """64-bit hashes of the windows of `width` token codes; equal windows have equal hashes."""
+  count = len(codes) - width + 1
+  if count <= 0:
+    return np.empty(0, np.uint64)
+  hashes = np.zeros(count, np.uint64)
+  for i in range(width):
+    hashes = (hashes + codes[i:i + count]) * _PRIME
+    hashes ^= hashes >> np.uint64(29)
+  return hashes
+
+
+@dataclasses.dataclass
+class _Table:
+  """Sorted hashes and, for each, the place it stands for."""
+  keys: np.ndarray
+  places: np.ndarray
+
+  @classmethod
+  def build(cls, keys, places):
+    order = np.argsort(keys, kind='stable')
+    return cls(keys[order], places[order])
+
+  def find(self, hashes, most):
+    """(index into `hashes`, place) for each occurrence; of one hash at most `most`."""
+    first = np.searchsorted(self.keys, hashes)
+    inside = np.minimum(first, len(self.keys) - 1)
+    for i in np.flatnonzero(self.keys[inside] == hashes) if len(self.keys) else ():
+      j = int(first[i])
+      last = min(int(np.searchsorted(self.keys, hashes[i], 'right')), j + most)
+      for place in self.places[j:last].tolist():
+        yield int(i), place
+
+
+class Index:
+  """Test items, by hashes of their runs of 13 (and `short`) tokens; every hit is checked exactly.
+
+  `texts` are (id, text) pairs; memory is about 60 bytes a token of them. `shared` unrelated items
+  make a run of `gram` tokens boilerplate; items with half of their runs in common are related.
+  """
+
+  def __init__(self, texts, boilerplate=PHRASES, run=RUN, share=SHARE, short=8, least=4, gram=6,
+               shared=3):
+    self.run, self.share, self.short, self.least, self.gram = run, share, short, least, gram
+    self.items, rows = [], []
+    self.codes = {}
+    for item, text in texts:
+      tokens = tokenise(text)
+      if len(tokens) >= least:
+        self.items.append(item)
+        rows.append(self._encode(tokens, grow=True))
+    if not rows:
+      raise ValueError(f'no test item of at least {least} tokens to decontaminate against; '
+                       'give the files of the test sets')
+    self.lengths = np.array([len(row) for row in rows])
+    self.starts = np.cumsum(self.lengths + 1) - self.lengths - 1
+    self.flat = np.concatenate([np.append(row, np.uint64(0)) for row in rows])
+    self.owner = np.repeat(np.arange(len(rows)), self.lengths + 1)
+    self.equal = {row.tobytes(): i for i, row in reversed(list(enumerate(rows)))}
+    self.phrases = self._learn(rows, boilerplate, shared)
+    self.common = np.concatenate([np.append(self._mark(row), False) for row in rows])
+    self.long = self._table(run, np.ones(len(rows), bool))
+    self.brief = self._table(short, np.ones(len(rows), bool))
+    self.whole = _Table.build(*self._heads())
+
+  @classmethod
+  def build(cls, texts, boilerplate=PHRASES, **options):
+    """The index of (id, text) pairs, of a dict from id to text, or of a list of texts."""
+    if isinstance(texts, dict):
+      texts = texts.items()
+    pairs = (text if isinstance(text, tuple) else (i, text) for i, text in enumerate(texts))
+    return cls(pairs, boilerplate, **options)
+
+  def _encode(self, tokens, grow=False):
+    """A random-looking 64-bit code a token; 0 for a token that no test item has."""
+    codes = self.codes
+    if grow:
+      for token in tokens:
+        if token not in codes:
+          n = (len(codes) + 1) * 0xD1342543DE82EF95 % 2 ** 64
+          codes[token] = (n ^ n >> 32) * 0xAF251AF3B0F025B5 % 2 ** 64
+    return np.array([codes.get(token, 0) for token in tokens], np.uint64)
+
+  def _table(self, width, chosen):
+    hashes = _hash_windows(self.flat, width)
+    ends = self.owner[width - 1:] if len(hashes) else self.owner[:0]
+    inside = (self.owner[:len(hashes)] == ends) & (self.flat[width - 1:] != 0)
+    inside &= chosen[self.owner[:len(hashes)]]
+    places = np.flatnonzero(inside)
+    return _Table.build(hashes[places], places)
+
+  def _heads(self):
+    """First `short` tokens of the items shorter than a run."""
+    brief = np.flatnonzero((self.lengths < self.run) & (self.lengths >= self.short))
+    hashes = [_hash_windows(self.flat[s:s + self.short], self.short)[0]
+              for s in self.starts[brief]]
+    return np.array(hashes, np.uint64), self.starts[brief]
+
+  def _learn(self, rows, boilerplate, shared):
+    """Hashes of the `gram`-token runs that `shared` unrelated items, or a phrase, contain."""
+    sets = [set(_hash_windows(row, self.gram).tolist()) for row in rows]
+    where = defaultdict(list)
+    for i, grams in enumerate(sets):
+      for gram in grams:
+        where[gram].append(i)
+    common = set()
+    for gram, items in where.items():
+      unrelated = []
+      for i in items if len(items) >= shared else ():
+        if all(2 * len(sets[i] & sets[j]) < max(len(sets[i]), len(sets[j])) for j in unrelated):
+          unrelated.append(i)
+          if len(unrelated) >= shared:
+            common.add(gram)
+            break
+    for phrase in boilerplate:
+      common |= set(_hash_windows(self._encode(tokenise(phrase)), self.gram).tolist())
+    return np.array(sorted(common), np.uint64)
+
+  def _mark(self, row):
+    """Which tokens are part of boilerplate."""
+    marks = np.zeros(len(row), bool)
+    hashes = _hash_windows(row, self.gram)
+    if len(hashes) and len(self.phrases):
+      places = np.minimum(np.searchsorted(self.phrases, hashes), len(self.phrases) - 1)
+      for i in np.flatnonzero(self.phrases[places] == hashes):
+        marks[i:i + self.gram] = True
+    return marks
+
+  def check(self, text):
+    """The Match of `text` with most shared tokens, or None where no test item is in it."""
+    row = self._encode(tokenise(text))
+    if row.tobytes() in self.equal and len(row):
+      i = self.equal[row.tobytes()]
+      return self._report(i, int(self.starts[i]), len(row), 1.0)
+    width = self.run if len(row) >= self.run else self.short
+    hashes = _hash_windows(row, width)
+    table = self.long if width == self.run else self.brief
+    hits = list(table.find(hashes, 64)) if len(row) >= self.short else []
+    if len(row) >= self.run:
+      hits += self.whole.find(_hash_windows(row, self.short), 64)
+    best, marks, seen = None, None, {}
+    for i, place in hits:
+      if i < seen.get(place - i, 0):
+        continue
+      first, length = self._extend(row, i, place)
+      seen[place - i] = first + length
+      marks = self._mark(row) if marks is None else marks
+      found = self._judge(row, marks, first, place - i + first, length)
+      if found and (best is None or found.length > best.length):
+        best = found
+    return best
+
+  def _extend(self, row, i, place):
+    """(start in `row`, length) of the longest run through `row[i]` and `flat[place]`."""
+    item = self.owner[place]
+    start = int(self.starts[item])
+    end = start + int(self.lengths[item])
+    back = min(i, place - start)
+    differ = np.flatnonzero(row[i - back:i] != self.flat[place - back:place])
+    before = back - 1 - int(differ[-1]) if len(differ) else back
+    ahead = min(len(row) - i, end - place)
+    differ = np.flatnonzero(row[i:i + ahead] != self.flat[place:place + ahead])
+    after = int(differ[0]) if len(differ) else ahead
+    return i - before, before + after
+
+  def _judge(self, row, marks, first, place, length):
+    """The rule for one common run: see the module's first paragraph."""
+    item = int(self.owner[place])
+    size, start = int(self.lengths[item]), int(self.starts[item])
+    if length == size or (length == len(row) and length >= self.share * size):
+      return self._report(item, place, length, 1.0) if length >= self.short else None
+    own = length - int(marks[first:first + length].sum())
+    text_own = len(row) - int(marks.sum())
+    item_own = size - int(self.common[start:start + size].sum())
+    shorter = max(min(text_own, item_own), 1)
+    if own >= self.run and own >= self.share * shorter:
+      return self._report(item, place, length, min(own / shorter, 1.0))
+    return None
+
+  def _report(self, item, place, length, share):
+    if not hasattr(self, '_words'):
+      self._words = {code: token for token, code in self.codes.items()}
+    words = [self._words[code] for code in self.flat[place:place + length].tolist()]
+    return Match(self.items[item], length, round(share, 3), ' '.join(words))
+
+
+def find_contamination(text, index):
+  """None, or the reason to drop `text`: the test item it contains and the shared words."""
+  match = index.check(text)
+  if match is None:
+    return None
+  words = match.text if len(match.text) <= 120 else match.text[:117] + '...'
+  return (f'shares {match.length} tokens in a row ({match.share:.0%}) with test item '
+          f'{match.item}: {words}')
