@@ -16,7 +16,7 @@ def _nll(params, batch):
   hidden = params(batch['tokens_BT'], batch['segment_BT'], batch['position_BT']).hidden_BTD
   target_BT = jnp.roll(batch['tokens_BT'], -1, axis=1)
   weight_BT = jnp.roll(batch['weight_BT'], -1, axis=1).at[:, -1].set(0)
-  return head.token_nll(hidden, params.head(), target_BT) * weight_BT, weight_BT
+  return -head.token_logp(hidden, params.head(), target_BT) * weight_BT, weight_BT
 
 
 def long_batches(spec, tokenizer, batch, length, count):

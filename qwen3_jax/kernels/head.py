@@ -1,8 +1,9 @@
 """The language-model head inside the loss: logits exist one chunk at a time, never as (B, T, V).
 
-The loss is a weighted sum, so its gradient is known as soon as a chunk's logits are: the forward
-pass under differentiation computes both, and the backward pass only scales. Meaning:
-`reference.cross_entropy`.
+`cross_entropy` is a weighted sum, so its gradient is known as soon as a chunk's logits are: the
+forward pass under differentiation computes both, and the backward pass only scales. `token_logp`
+gives each token's log-probability, of which a loss may be any function: its backward pass computes
+the logits again. Meaning: `reference.cross_entropy`, `reference.token_logp`.
 """
 import functools
 import math
@@ -24,11 +25,12 @@ def cross_entropy(hidden_BTD, head_VD, target_BT, weight_BT):
   Under a mesh (`jax.set_mesh`) each device gathers its share of the head once, runs over its own
   tokens, and the head's gradient is reduce-scattered once.
   """
-  return _sharded(hidden_BTD, head_VD, target_BT, weight_BT, gradients=False)
+  return _sharded(_local, lambda scalar, *_: scalar, hidden_BTD, head_VD, target_BT, weight_BT)
 
 
-def _forward(hidden_BTD, head_VD, target_BT, weight_BT):
-  return _sharded(hidden_BTD, head_VD, target_BT, weight_BT, gradients=True)
+def _forward(*inputs):
+  return _sharded(functools.partial(_local, gradients=True),
+                  lambda scalar, rows, *weights: (scalar, weights), *inputs)
 
 
 def _backward(saved, ct):
@@ -39,35 +41,54 @@ def _backward(saved, ct):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _sharded(hidden_BTD, head_VD, target_BT, weight_BT, gradients):
+@jax.custom_vjp
+def token_logp(hidden_BTD, head_VD, target_BT):
+  """log softmax(head hidden)[target] of every token, float32 (B, T); sharded as `cross_entropy`."""
+  return _sharded(_local_logp, lambda scalar, rows, *_: rows, hidden_BTD, head_VD, target_BT)
+
+
+def _logp_forward(*inputs):
+  return token_logp(*inputs), inputs
+
+
+def _logp_backward(inputs, ct_BT):
+  """The gradient of sum(ct * logp), which is a cross-entropy of weights -ct."""
+  _, (d_hidden, d_head) = _forward(*inputs, -ct_BT)
+  return d_hidden, d_head, None
+
+
+token_logp.defvjp(_logp_forward, _logp_backward)
+
+
+def _sharded(local, layout, hidden_BTD, head_VD, *of_tokens):
+  """`local` on each device's tokens (`of_tokens` are (B, T)) and its part of the head.
+
+  `layout(scalar, rows, hidden, head)` chooses the PartitionSpecs of what it returns.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  run = functools.partial(_local, gradients=gradients)
   if mesh.empty or math.prod(mesh.shape.values()) == 1:
-    return run(hidden_BTD, head_VD, target_BT, weight_BT)
-  rows = alphabet.partition('BT', target_BT.shape, mesh)
+    return local(hidden_BTD, head_VD, *of_tokens)
+  rows = alphabet.partition('BT', hidden_BTD.shape[:2], mesh)
   head = alphabet.partition('VD', head_VD.shape, mesh)
   def axes(entry):
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-  token_axes = axes(rows[0]) + axes(rows[1])
-  body = functools.partial(run, vocab_axes=axes(head[0]), width_axes=axes(head[1]),
-                           token_axes=token_axes)
-  out = (PartitionSpec(), (PartitionSpec(*rows, None), head)) if gradients else PartitionSpec()
-  return jax.shard_map(body, in_specs=(PartitionSpec(*rows, None), head, rows, rows), out_specs=out,
-                       check_vma=False)(hidden_BTD, head_VD, target_BT, weight_BT)
+  body = functools.partial(local, vocab_axes=axes(head[0]), width_axes=axes(head[1]),
+                           token_axes=axes(rows[0]) + axes(rows[1]))
+  hidden, scalar = PartitionSpec(*rows, None), PartitionSpec()
+  return jax.shard_map(
+    body, in_specs=(hidden, head) + (rows,) * len(of_tokens), check_vma=False,
+    out_specs=layout(scalar, rows, hidden, head))(hidden_BTD, head_VD, *of_tokens)
 
 
-def _local(hidden_BTD, head_VD, target_BT, weight_BT, gradients, vocab_axes=(), width_axes=(),
-           token_axes=()):
+def _local(hidden_BTD, head_VD, target_BT, weight_BT, gradients=False, vocab_axes=(),
+           width_axes=(), token_axes=()):
   """One device's tokens against its rows of the head; sums over the named mesh axes.
 
   With `gradients`: (loss, (d_hidden, d_head)), else the loss.
   """
   B, T, D = hidden_BTD.shape
   dtype = head_VD.dtype
-  if width_axes:
-    head_VD = jax.lax.all_gather(head_VD, width_axes, axis=1, tiled=True)
-  head_VD = head_VD.astype(hidden_BTD.dtype)
-  first = jax.lax.axis_index(vocab_axes) * head_VD.shape[0] if vocab_axes else 0
+  head_VD, first = _gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
   step = functools.partial(_chunk, head_VD=head_VD, first=first, vocab_axes=vocab_axes,
                            gradients=gradients)
   chunks = [_in_chunks(x) for x in (hidden_BTD, target_BT, weight_BT)]
@@ -91,6 +112,26 @@ def _local(hidden_BTD, head_VD, target_BT, weight_BT, gradients, vocab_axes=(), 
   return total, (d_hidden, d_head.astype(dtype))
 
 
+def _local_logp(hidden_BTD, head_VD, target_BT, vocab_axes=(), width_axes=(), token_axes=()):
+  """One device's log-probabilities (B, T)."""
+  head_VD, first = _gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
+
+  def visit(_, chunk):
+    _, lse_M, logit_M, _ = _softmax(*chunk, head_VD, first, vocab_axes)
+    return None, logit_M - lse_M
+  chunks = _in_chunks(hidden_BTD), _in_chunks(target_BT)
+  _, logp = jax.lax.scan(visit, None, chunks, unroll=len(chunks[0]) <= UNROLLED)
+  return _from_chunks(logp, *target_BT.shape)
+
+
+def _gather(head_VD, dtype, vocab_axes, width_axes):
+  """The device's rows of the head at full width, and the number of the first of them."""
+  if width_axes:
+    head_VD = jax.lax.all_gather(head_VD, width_axes, axis=1, tiled=True)
+  first = jax.lax.axis_index(vocab_axes) * head_VD.shape[0] if vocab_axes else 0
+  return head_VD.astype(dtype), first
+
+
 def _in_chunks(x_BT):
   """(B, T, ...) -> (chunks, M, ...) with about TOKENS rows M, padded with zeros (weight 0).
 
@@ -109,9 +150,21 @@ def _from_chunks(x, B, T):
 
 
 def _chunk(hidden_MD, target_M, weight_M, *, head_VD, first, vocab_axes, gradients):
-  """Loss of one chunk and, with `gradients`, its gradients; softmax over all shards of V."""
-  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  logits_MV = dot('MD,VD->MV', hidden_MD, head_VD)
+  """Loss of one chunk and, with `gradients`, its gradients."""
+  logits_MV, lse_M, logit_M, hit_MV = _softmax(hidden_MD, target_M, head_VD, first, vocab_axes)
+  loss = jnp.sum(weight_M * (lse_M - logit_M))
+  if not gradients:
+    return loss, None, None
+  d_MV = weight_M[:, None] * (jnp.exp(logits_MV - lse_M[:, None]) - hit_MV)
+  d_MV = d_MV.astype(hidden_MD.dtype)
+  d_hidden = _dot('MV,VD->MD', d_MV, head_VD)
+  d_hidden = jax.lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
+  return loss, d_hidden.astype(hidden_MD.dtype), _dot('MV,MD->VD', d_MV, hidden_MD)
+
+
+def _softmax(hidden_MD, target_M, head_VD, first, vocab_axes):
+  """Logits on this shard of V; over all shards their log-sum-exp and the target's; where it is."""
+  logits_MV = _dot('MD,VD->MV', hidden_MD, head_VD)
   top_M = logits_MV.max(-1)
   top_M = jax.lax.pmax(top_M, vocab_axes) if vocab_axes else top_M
   norm_M = jnp.exp(logits_MV - top_M[:, None]).sum(-1)
@@ -120,28 +173,9 @@ def _chunk(hidden_MD, target_M, weight_M, *, head_VD, first, vocab_axes, gradien
   logit_M = jnp.where(here_M, jnp.take_along_axis(logits_MV, index_M1, 1)[:, 0], 0)
   if vocab_axes:
     norm_M, logit_M = jax.lax.psum((norm_M, logit_M), vocab_axes)
-  lse_M = top_M + jnp.log(norm_M)
-  loss = jnp.sum(weight_M * (lse_M - logit_M))
-  if not gradients:
-    return loss, None, None
   hit_MV = (jnp.arange(head_VD.shape[0]) == index_M1) & here_M[:, None]
-  d_MV = weight_M[:, None] * (jnp.exp(logits_MV - lse_M[:, None]) - hit_MV)
-  d_MV = d_MV.astype(hidden_MD.dtype)
-  d_hidden = dot('MV,VD->MD', d_MV, head_VD)
-  d_hidden = jax.lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
-  return loss, d_hidden.astype(hidden_MD.dtype), dot('MV,MD->VD', d_MV, hidden_MD)
+  return logits_MV, top_M + jnp.log(norm_M), logit_M, hit_MV
 
 
-def token_nll(hidden_BTD, head_VD, target_BT):
-  """-log softmax(head hidden)[target] of every token, float32 (B, T), a chunk at a time.
-
-  For evaluation: no gradient, and no mesh of its own (the partitioner decides).
-  """
-  head_VD = head_VD.astype(hidden_BTD.dtype)
-
-  def one(chunk):
-    hidden_MD, target_M = chunk
-    logits_MV = jnp.einsum('MD,VD->MV', hidden_MD, head_VD, preferred_element_type=jnp.float32)
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits_MV), target_M[:, None], 1)[:, 0]
-  nll = jax.lax.map(one, (_in_chunks(hidden_BTD), _in_chunks(target_BT)))
-  return _from_chunks(nll, *target_BT.shape)
+def _dot(letters, a, b):
+  return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)

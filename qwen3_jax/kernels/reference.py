@@ -24,9 +24,14 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segment_BT, segment_BS, start=0):
 
 def cross_entropy(hidden_BTD, head_VD, target_BT, weight_BT):
   """sum over tokens of weight * -log softmax(head hidden)[target], float32 scalar."""
+  return -jnp.sum(weight_BT * token_logp(hidden_BTD, head_VD, target_BT))
+
+
+def token_logp(hidden_BTD, head_VD, target_BT):
+  """log softmax(head hidden)[target] of every token, float32 (B, T)."""
   logits_BTV = jnp.einsum('BTD,VD->BTV', hidden_BTD, head_VD, preferred_element_type=jnp.float32)
   logp_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-  return -jnp.sum(weight_BT * jnp.take_along_axis(logp_BTV, target_BT[..., None], -1)[..., 0])
+  return jnp.take_along_axis(logp_BTV, target_BT[..., None], -1)[..., 0]
 
 
 def experts(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):

@@ -25,8 +25,18 @@ def value_and_gradients(function, hidden, weights, target, weight):
   return jax.value_and_grad(total, (0, 1))(hidden, weights)
 
 
-def compare(got, want, rtol=1e-5):
-  np.testing.assert_allclose(got[0], want[0], rtol=rtol)
+def logp_and_gradients(function, hidden, weights, target, weight):
+  """Values, and the gradients of a function of them that is not linear."""
+  def total(hidden, weights):
+    logp = function(hidden, weights, target)
+    return jnp.sum(jnp.tanh(weight * logp / 4)), logp
+  gradients, logp = jax.grad(total, (0, 1), has_aux=True)(hidden, weights)
+  return logp, gradients
+
+
+def compare(got, want, rtol=1e-5, atol=0):
+  """`atol`: a log-probability near 0 is the difference of two logits, and has their rounding."""
+  np.testing.assert_allclose(got[0], want[0], rtol=rtol, atol=atol)
   for a, b in zip(got[1], want[1]):
     assert a.dtype == b.dtype
     assert np.linalg.norm(np.float32(a) - np.float32(b)) <= rtol * np.linalg.norm(np.float32(b))
@@ -43,6 +53,28 @@ def test_values_and_gradients_in_chunks(monkeypatch, tokens):
                              reference.cross_entropy(*inputs), rtol=1e-5)
 
 
+@pytest.mark.parametrize('tokens', [12, 16, 4, 1000])
+def test_log_probabilities_in_chunks(monkeypatch, tokens):
+  monkeypatch.setattr(head, 'TOKENS', tokens)
+  inputs = make_inputs()
+  got = jax.jit(functools.partial(logp_and_gradients, head.token_logp))(*inputs)
+  compare(got, logp_and_gradients(reference.token_logp, *inputs), atol=2e-6)
+  assert got[0].shape == (4, 10) and got[0].dtype == jnp.float32
+
+
+def test_log_probabilities_of_bfloat16():
+  """Logits of products of bfloat16 are float32; gradients are rounded to the inputs' type."""
+  hidden, weights, target, weight = make_inputs()
+  inputs = hidden.astype(jnp.bfloat16), weights, target, weight
+  got = logp_and_gradients(head.token_logp, *inputs)
+  rounded = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (hidden, weights)]
+  logp, gradients = logp_and_gradients(reference.token_logp, *rounded, target, weight)
+  np.testing.assert_allclose(got[0], logp, rtol=1e-5, atol=2e-6)
+  assert [g.dtype for g in got[1]] == [jnp.bfloat16, jnp.float32]
+  for a, b in zip(got[1], gradients):
+    assert np.linalg.norm(np.float32(a) - b) <= 2 ** -7 * np.linalg.norm(b)
+
+
 def test_large_logits_and_no_weight_stay_finite():
   hidden, weights, target, weight = make_inputs()
   inputs = hidden * 100, weights * 100, target, weight
@@ -56,8 +88,9 @@ def test_no_logits_of_all_tokens(monkeypatch):
   monkeypatch.setattr(head, 'TOKENS', 8)
   inputs = make_inputs(B=2, T=12, V=48)
   run = functools.partial(value_and_gradients, head.cross_entropy)
-  text = str(jax.make_jaxpr(run)(*inputs))
-  assert '[8,48]' in text and '2,12,48' not in text and '24,48' not in text
+  for traced in run, functools.partial(logp_and_gradients, head.token_logp):
+    text = str(jax.make_jaxpr(traced)(*inputs))
+    assert '[8,48]' in text and '2,12,48' not in text and '24,48' not in text
 
 
 @pytest.mark.parametrize('shape', [dict(fsdp=4), dict(tensor=2, fsdp=2), dict(data=2, fsdp=2),
@@ -73,5 +106,7 @@ def test_on_a_mesh_equals_alone(monkeypatch, shape):
   with jax.set_mesh(mesh):
     got = jax.jit(functools.partial(value_and_gradients, head.cross_entropy))(*placed)
     loss = jax.jit(lambda *a: head.cross_entropy(*a))(*placed)
+    logp = jax.jit(functools.partial(logp_and_gradients, head.token_logp))(*placed)
   compare(got, want)
   np.testing.assert_allclose(3 * loss, want[0], rtol=1e-5)
+  compare(logp, logp_and_gradients(reference.token_logp, *inputs), atol=2e-6)
