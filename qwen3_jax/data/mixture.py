@@ -104,12 +104,18 @@ def density(source, encode=None):
 
 
 def mean_length(source, encode=None):
-  """Mean tokens of a document of `source`, the closing token included; an estimate."""
+  """Mean tokens of a document of `source`, the closing token included; an estimate.
+
+  Exact where the documents are arrays of tokens with weights: there `sizes` count tokens.
+  """
   if isinstance(source, LengthView):
     picks = _sample(source, SAMPLE // 4)
     return (np.mean([len(source[i]) + 1 for i in picks]) / source.sizes[picks].mean()
             * source.sizes.mean())
   if getattr(source, 'sizes', None) is not None:
+    first = source[0]
+    if isinstance(first, np.ndarray) and first.dtype.names:
+      return source.sizes.mean()
     return density(source, encode) * source.sizes.mean() + 1
   texts = [source[i] for i in _sample(source, SAMPLE)]
   return np.mean([len(encode(text) if encode else text) for text in texts]) + 1

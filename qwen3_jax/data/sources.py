@@ -6,42 +6,36 @@ that size, so that a book in one file can be shuffled. JSONL and Parquet documen
 """
 
 import array
-import contextlib
 import dataclasses
 import functools
-import gzip
 import hashlib
 import inspect
 import json
 import os
 import re
-import secrets
 import sysconfig
 import tokenize
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import grain
 import numpy as np
-from etils import epath
 
-from qwen3_jax.data import tasks
+from qwen3_jax.data import files, tasks
 
 TEXT_BYTES = 128 * 1024
-LINE_BYTES = 256 * 1024 * 1024
 INDEX_BYTES = 4 * 1024 * 1024  # from this size on a file's index is kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Random access to documents, as grain wants it: `len(source)` and `source[i] -> str`.
+  """Random access to documents, as grain wants it: `len(source)` and `source[i]`, mostly a text.
 
   `sizes` are UTF-8 bytes, `hashes` 64 bits of the text, `groups` equal numbers for neighbours that
   may be joined (one folder, one file), or None.
   """
   name: str
-  read: Callable[[int], str]
+  read: Callable[[int], object]
   sizes: np.ndarray
   hashes: np.ndarray
   groups: np.ndarray | None = None
@@ -62,8 +56,10 @@ class Source:
   def take(self, indices, name=None):
     """The documents at `indices`, in that order."""
     indices = np.asarray(indices)
-    return Source(name or self.name, lambda i: self.read(int(indices[i])), self.sizes[indices],
-                  self.hashes[indices], None if self.groups is None else self.groups[indices])
+    return dataclasses.replace(
+      self, name=name or self.name, read=lambda i: self.read(int(indices[i])),
+      sizes=self.sizes[indices], hashes=self.hashes[indices],
+      groups=None if self.groups is None else self.groups[indices])
 
 
 def open_source(spec, split=None, heldout=None, cache=None):
@@ -86,22 +82,24 @@ def open_source(spec, split=None, heldout=None, cache=None):
       raise ValueError(f"{spec!r}: the kinds are 'stdlib:code', 'stdlib:prose' and 'stdlib' (both)")
     source = _standard_library(options)
   else:
-    source = _open_files(spec, Path(cache or os.environ.get('QWEN3_JAX_CACHE')
-                                    or '~/.cache/qwen3_jax').expanduser())
+    source = _open_files(spec, cache)
+  return choose(source, source.hashes, split, heldout, 0.02 if kind == 'stdlib' else 0.01)
+
+
+def choose(source, keys, split, heldout=None, usual=0.01):
+  """The part of `source` that `split` names; held out are the first `heldout` of all keys."""
+  if split not in (None, 'train', 'heldout'):
+    raise ValueError(f"split must be 'train', 'heldout' or None, got {split!r}")
   if split is None:
     return source
-  share = (0.02 if kind == 'stdlib' else 0.01) if heldout is None else heldout
-  out = source.hashes < np.uint64(min(share * 2.0 ** 64, 2.0 ** 64 - 2048))
+  share = usual if heldout is None else heldout
+  out = keys < np.uint64(min(share * 2.0 ** 64, 2.0 ** 64 - 2048))
   chosen = np.flatnonzero(out if split == 'heldout' else ~out)
   if not len(chosen):
-    raise ValueError(f'{spec}: none of its {len(source)} documents falls into the {split} part at '
-                     f'a held-out share of {share:g}; change the share or give more documents')
-  return source.take(chosen, f'{spec}:{split}')
-
-
-def hash_text(data):
-  """64 bits of the content of a document, given as UTF-8 bytes."""
-  return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'big')
+    raise ValueError(f'{source.name}: none of its {len(source)} documents falls into the {split} '
+                     f'part at a held-out share of {share:g}; change the share or give more '
+                     'documents')
+  return source.take(chosen, f'{source.name}:{split}')
 
 
 # The standard library.
@@ -132,11 +130,11 @@ def _modules():
       data = text.encode()
     except (SyntaxError, UnicodeError, OSError):
       continue
-    key = hash_text(data)
+    key = files.hash_text(data)
     if text.strip() and key not in seen:
       seen.add(key)
       package = path.parent.relative_to(root).as_posix()
-      found.append((hash_text(package.encode()), text, len(data), key))
+      found.append((files.hash_text(package.encode()), text, len(data), key))
   if not found:
     raise FileNotFoundError(f'no Python sources in {root}: install them (on some systems a package '
                             'of their own) or name other data')
@@ -168,65 +166,29 @@ def _prose():
 # Files.
 
 def _open_files(spec, cache):
-  parts = [part for path in _find(spec) if len(part := _open_file(path, cache))]
+  parts = [part for path in files.find(spec) if len(part := _open_file(path, cache))]
   if not parts:
     raise ValueError(f'{spec}: there is no text in it; name files with documents')
+  return join(parts, spec)
+
+
+def join(parts, name):
+  """The documents of several sources, one source after the other."""
   ends = np.cumsum([len(part) for part in parts])
 
   def read(i):
     k = int(np.searchsorted(ends, i, side='right'))
     return parts[k].read(i - int(ends[k]) + len(parts[k]))
 
-  return Source(spec, read, *(np.concatenate([getattr(part, key) for part in parts])
+  return Source(name, read, *(np.concatenate([getattr(part, key) for part in parts])
                               for key in ('sizes', 'hashes', 'groups')))
-
-
-def _find(spec):
-  """Files that a path, folder or glob names, sorted; hidden ones are left out."""
-  parts = spec.split('/')
-  wild = next((k for k, part in enumerate(parts) if set(part) & set('*?[')), len(parts))
-  remote = '://' in spec
-  if remote and '**' in parts:
-    raise ValueError(f"{spec}: '**' is not possible in a remote path; name the folder")
-  try:
-    root = '/'.join(parts[:wild]) or ('/' if spec.startswith('/') else '.')
-    root = epath.Path(root) if remote else Path(root).expanduser()
-    if wild < len(parts):
-      paths = root.glob('/'.join(parts[wild:]))
-    elif root.is_dir():
-      paths = root.glob('*' if remote else '**/*')
-    else:
-      paths = [root] if root.exists() else []
-    paths = [path for path in paths if not path.is_dir()]
-  except ImportError as error:
-    raise ValueError(f"{spec}: remote files need: pip install 'etils[epath-gcs]'") from error
-  paths = sorted((epath.Path(path) for path in paths if not any(
-    part.startswith('.') for part in path.relative_to(root).parts)), key=os.fspath)
-  if not paths:
-    raise FileNotFoundError(f'{spec}: no such file, and no file that the pattern fits')
-  return paths
 
 
 def _open_file(path, cache):
   """The documents of one file, by the ending of its name; what has no known ending is text."""
-  name = os.fspath(path)
-  stem, _, packed = name.rpartition('.') if name.endswith(('.gz', '.zst')) else (name, '', '')
-  kind = stem.rpartition('.')[2]
+  name, kind = os.fspath(path), files.split_name(path)[0]
   kind = kind if kind in ('jsonl', 'parquet', 'array_record', 'arrayrecord') else 'text'
-  try:
-    stat = path.stat()
-    with path.open('rb') as file:
-      key = [name, stat.length, stat.mtime, hash_text(file.read(2 ** 20))]
-  except OSError as error:
-    raise type(error)(f'{name}: cannot be read ({error}); check its permissions') from error
-  folder = cache / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
-  local = Path(name)
-  if packed or kind == 'parquet' or '://' in name:
-    local = folder / 'documents'
-    if not local.exists():
-      chunks = _parquet_lines(path) if kind == 'parquet' else _chunks(path, packed)
-      with _replace(local) as file:
-        file.writelines(chunks)
+  local, folder = files.fetch(path, cache)
   if kind == 'text':
     scan, read = _scan_text, _read_text
   elif kind in ('jsonl', 'parquet'):
@@ -236,27 +198,9 @@ def _open_file(path, cache):
   offsets, sizes, hashes = _index(folder / 'index.npz', local, lambda: scan(local, name))
   if not len(sizes) and kind != 'text':
     raise ValueError(f'{name}: the file is empty; give it documents or leave it out')
-  groups = hashes if kind != 'text' else np.full_like(hashes, hash_text(str(path.parent).encode()))
+  folder = files.hash_text(str(path.parent).encode())
+  groups = hashes if kind != 'text' else np.full_like(hashes, folder)
   return Source(name, lambda i: read(local, int(offsets[i]), int(sizes[i])), sizes, hashes, groups)
-
-
-@contextlib.contextmanager
-def _replace(path):
-  """A file that appears under `path` only when it was written whole."""
-  temporary = path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, 'wb') as file:
-      yield file
-    os.replace(temporary, path)
-  except OSError as error:
-    if error.filename is None or str(error.filename).startswith(str(path.parent)):
-      raise OSError(f'cannot write the data cache {path}: {error}; set QWEN3_JAX_CACHE to a folder '
-                    'with room') from error
-    raise
-  finally:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
 
 
 def _index(path, local, scan):
@@ -272,92 +216,22 @@ def _index(path, local, scan):
   index = {'offsets': np.array(offsets, np.int64), 'sizes': np.array(sizes, np.int64),
            'hashes': np.array(hashes, np.uint64)}
   if local.stat().st_size > INDEX_BYTES:
-    with _replace(path) as file:
+    with files.replace(path) as file:
       np.savez(file, **index)
   return tuple(index.values())
-
-
-def _chunks(path, packed):
-  """The bytes of a file, unpacked; an incomplete archive is a ValueError."""
-  try:
-    with path.open('rb') as file:
-      if packed == 'zst':
-        yield from _unpack_zst(file)
-      else:
-        source = gzip.GzipFile(fileobj=file) if packed else file
-        while chunk := source.read(2 ** 20):
-          yield chunk
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise ValueError(f'{path}: damaged or incomplete ({error}); fetch the file again') from error
-
-
-def _unpack_zst(file):
-  try:
-    import zstandard
-  except ImportError as error:
-    raise ValueError('reading .zst files needs: pip install zstandard') from error
-  frame = None
-  while chunk := file.read(2 ** 20):
-    while chunk:
-      frame = frame or zstandard.ZstdDecompressor().decompressobj()
-      try:
-        yield frame.decompress(chunk)
-      except zstandard.ZstdError as error:
-        raise EOFError(error) from error
-      chunk, frame = (frame.unused_data, None) if frame.eof else (b'', frame)
-  if frame:
-    raise EOFError('the last frame does not end')
-
-
-def _parquet_lines(path):
-  try:
-    import pyarrow as arrow
-    import pyarrow.parquet as parquet
-  except ImportError as error:
-    raise ValueError(f'{path}: reading Parquet needs: pip install pyarrow') from error
-  try:
-    with path.open('rb') as file:
-      table, row = parquet.ParquetFile(file), 0
-      if 'text' not in table.schema_arrow.names:
-        raise ValueError(f"{path}: no column 'text' among {table.schema_arrow.names}; rename the "
-                         'one that holds the documents')
-      for batch in table.iter_batches(batch_size=1024, columns=['text']):
-        for text in batch.column(0).to_pylist():
-          row += 1
-          if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path}, row {row}: no text in column 'text'; fill or drop the row")
-          yield json.dumps({'text': text}).encode() + b'\n'
-  except arrow.ArrowInvalid as error:
-    raise ValueError(f'{path}: not a Parquet file ({error}); fetch the file again') from error
-
-
-def _lines(local, name):
-  """(offset, number from 1, bytes, text) of each line; lines end at \\n only."""
-  offset = number = 0
-  with open(local, 'rb') as file:
-    while data := file.readline(LINE_BYTES):
-      number += 1
-      if len(data) == LINE_BYTES:
-        raise ValueError(f'{name}, line {number}: longer than {LINE_BYTES >> 20} MiB; split it')
-      try:
-        yield offset, number, data, data.decode('utf-8-sig' if not offset else 'utf-8')
-      except UnicodeDecodeError as error:
-        raise ValueError(f'{name}, line {number}: not UTF-8 (byte {data[error.start]:#04x} at '
-                         f'column {error.start + 1}); convert the file to UTF-8') from error
-      offset += len(data)
 
 
 def _scan_text(local, name):
   """Documents of a text file, cut at a blank line (past twice the size at any line end)."""
   start, data = 0, b''
-  for offset, _, line, text in _lines(local, name):
+  for offset, _, line, text in files.lines(local, name):
     size = offset - start
     if (size >= TEXT_BYTES and not text.strip()) or size >= 2 * TEXT_BYTES:
-      yield start, size, hash_text(data)
+      yield start, size, files.hash_text(data)
       start, data = offset, b''
     data += line
   if data.strip():
-    yield start, len(data), hash_text(data)
+    yield start, len(data), files.hash_text(data)
 
 
 def _read_text(local, offset, size):
@@ -367,7 +241,7 @@ def _read_text(local, offset, size):
 
 
 def _scan_lines(local, name):
-  for offset, number, data, line in _lines(local, name):
+  for offset, number, data, line in files.lines(local, name):
     if data.isspace():
       continue
     try:
@@ -384,7 +258,7 @@ def _scan_lines(local, name):
     except (KeyError, TypeError, AttributeError) as error:
       raise ValueError(f'{name}, line {number}: the record has no text; it needs a field "text" '
                        'that holds a string which is not blank: fill or drop the line') from error
-    yield offset, len(content), hash_text(content)
+    yield offset, len(content), files.hash_text(content)
 
 
 def _read_line(local, offset, _):
@@ -406,7 +280,7 @@ def _scan_records(local, name):
       data.decode()
       if not data.strip():
         raise ValueError(f'{name}, record {i}: no text; drop the record')
-      yield i, len(data), hash_text(data)
+      yield i, len(data), files.hash_text(data)
   except UnicodeDecodeError as error:
     raise ValueError(f'{name}, record {i}: not UTF-8; each record must be the text of one '
                      'document') from error
