@@ -44,14 +44,15 @@ _TOKEN = re.compile(
   r'\d+(?:\.\d+)?|[\u2e80-\u2fdf\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]'
   r"|[^\W\d_\u2e80-\u2fdf\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af]+(?:'[a-z]+)?|[+\-*/^=<>|]")
 _COMMAND = re.compile(r'\\([a-z]+)')
-_DRAWING = re.compile(r'\[asy\].*?(?:\[/asy\]|\Z)', re.DOTALL)  # its code says nothing of the question
+_DRAWING = re.compile(r'\[asy\].*?(?:\[/asy\]|\Z)', re.DOTALL)
 
 
 def tokenise(text):
   """Words, numbers, operators and single Chinese, Japanese or Korean characters, normalised.
 
   Case, white space, `$`, braces, brackets, punctuation and LaTeX's spacing and font commands
-  vanish, and so does Asymptote code; `\\dfrac12`, `\\frac{1}{2}` and `\\tfrac 1 2` are the same tokens, `1,000` is `1000`.
+  vanish, and so do Asymptote drawings; `\\dfrac12`, `\\frac{1}{2}` and `\\tfrac 1 2` are the same
+  tokens, `1,000` is `1000`.
   """
   if not text.isascii():
     text = unicodedata.normalize('NFKC', text.translate(_SIGNS))
