@@ -8,9 +8,11 @@ example before it, as in a chain of tool calls with reasoning, extends that exam
 import collections
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from qwen3_jax.data.chat_formats import normalise
 from qwen3_jax.text.template import render
 
 TOKEN = np.dtype([('id', np.int32), ('weight', np.float32)])  # weight as a target of the loss
+_TURN = re.compile(r'(?<=.)(?=<\|im_start\|>)', re.DOTALL)
 _FLAG = re.compile(r'(?<!\S)/(no_)?think(?![\w/-]|\.\w)')
 
 
@@ -191,7 +194,12 @@ def _is_thinking(record, place):
 
 def encode_example(tokenizer, spans):
   """TOKEN array of (text, trained) spans, each tokenised apart as at inference."""
-  ids = [tokenizer.encode(text) for text, _ in spans]
+  return _encode(tokenizer.encode, spans)
+
+
+def _encode(encode, spans):
+  """Turn by turn, which gives the same ids, so that `encode` may remember the history's."""
+  ids = [[id for turn in _TURN.split(text) for id in encode(turn)] for text, _ in spans]
   sizes = [len(part) for part in ids]
   tokens = np.empty(sum(sizes), TOKEN)
   tokens['id'] = [id for part in ids for id in part]
@@ -200,11 +208,11 @@ def encode_example(tokenizer, spans):
 
 
 def _fit(tokens, length, too_long):
-  """`tokens` within `length`, cut behind the last trained one; None where they cannot be."""
+  """`tokens` within `length`, cut behind the last trained one; none where they cannot be."""
   if len(tokens) <= length:
     return tokens
   trained = np.flatnonzero(tokens['weight'][:length])
-  return tokens[:trained[-1] + 1] if too_long == 'truncate' and len(trained) else None
+  return tokens[:trained[-1] + 1 if too_long == 'truncate' and len(trained) else 0]
 
 
 class Examples:
@@ -228,20 +236,29 @@ class Examples:
     self._take(np.fromiter(self._scan(), _PLACE), source.name)
 
   def _scan(self):
-    for i in range(len(self._source)):
-      try:
-        found = examples(self._source[i])
-      except ValueError as error:
-        self._rejected[reason_of(error)] += 1
-        continue
-      for turn, spans in enumerate(found):
-        tokens = encode_example(self._tokenizer, spans)
-        kept = _fit(tokens, self._length, self._too_long)
-        if kept is None:
-          self._lost['dropped'] += 1
-          continue
-        self._lost['truncated'] += len(kept) < len(tokens)
-        yield i, turn, len(kept), np.count_nonzero(kept['weight'])
+    """The places, counting the rest; tokenizers let threads work side by side."""
+    with ThreadPoolExecutor() as pool:
+      for first in range(0, len(self._source), 1024):
+        block = range(first, min(first + 1024, len(self._source)))
+        for i, (reason, measured) in zip(block, pool.map(self._measure, block)):
+          self._rejected.update([reason] if reason else ())
+          for turn, (size, kept, trained) in enumerate(measured):
+            self._lost.update([] if size == kept else ['truncated' if kept else 'dropped'])
+            if kept:
+              yield i, turn, kept, trained
+
+  def _measure(self, i):
+    """Why conversation `i` is refused, or None, and (tokens, tokens kept, trained) an example."""
+    try:
+      found = examples(self._source[i])
+    except ValueError as error:
+      return reason_of(error), []
+    encode, measured = functools.cache(self._tokenizer.encode), []
+    for spans in found:
+      tokens = _encode(encode, spans)
+      kept = _fit(tokens, self._length, self._too_long)
+      measured.append((len(tokens), len(kept), np.count_nonzero(kept['weight'])))
+    return None, measured
 
   def _take(self, places, name):
     self._places, self.sizes, self.name = places, places['size'], name
