@@ -234,3 +234,13 @@ def asked_in(record):
     return '\n\n'.join(message['content'] for message in record['messages']
                        if message['role'] in ('user', 'assistant'))
   return text_of(record)
+
+
+def words_of(record):
+  """What a test item asks; ValueError where it has none of the fields it may stand in."""
+  for key in ('question', 'problem', 'prompt', 'instruction', 'text'):
+    if isinstance(record.get(key), str):
+      return record[key]
+  if 'messages' in record:
+    return '\n\n'.join(m['content'] for m in record['messages'] if m['role'] == 'user')
+  raise ValueError(f'the record has {", ".join(record)}')
