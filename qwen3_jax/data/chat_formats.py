@@ -127,17 +127,17 @@ def _check(messages):
   if not messages:
     raise ValueError('empty conversation: it has no message')
   messages = [_check_message(message, f'message {place}') for place, message in enumerate(messages)]
-  calls = 0
+  calls, answered = 0, False
   for place, message in enumerate(messages):
     if message['role'] == 'system' and place:
       if messages[0]['role'] == 'system':
         raise ValueError(f'two system turns: messages 0 and {place}; join them into the first')
       raise ValueError(f'late system turn: message {place}; it must be the first')
     if message['role'] != 'tool':
-      calls = len(message.get('tool_calls', ()))
+      calls, answered = len(message.get('tool_calls', ())), False
     elif calls:
-      calls -= 1
-    elif messages[max(0, place - 1)]['role'] == 'tool':
+      calls, answered = calls - 1, True
+    elif answered:
       raise ValueError(f'more tool responses than calls: message {place} answers none of them')
     else:
       raise ValueError(f'tool response without a call: no tool call comes before message {place}')
