@@ -12,14 +12,20 @@ import functools
 import hashlib
 import json
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
-from qwen3_jax.data import files, sources, tasks
+from qwen3_jax.data import chat_formats, files, sources, tasks
 from qwen3_jax.data.chat_formats import normalise
+from qwen3_jax.text import template
+from qwen3_jax.text import tokenizer as tokenizer_module
 from qwen3_jax.text.template import render
 
+LINE_BYTES = 16 * 1024 * 1024
+SLOW = 10  # seconds: what took longer to measure is kept
 TOKEN = np.dtype([('id', np.int32), ('weight', np.float32)])  # weight as a target of the loss
 _TURN = re.compile(r'(?<=.)(?=<\|im_start\|>)', re.DOTALL)
 _FLAG = re.compile(r'(?<!\S)/(no_)?think(?![\w/-]|\.\w)')
@@ -82,7 +88,7 @@ _ROW = np.dtype([('offset', np.int64), ('part', np.int32), ('size', np.int64),
 
 def _scan(local, name, refuse):
   """A row for each conversation of a file."""
-  for offset, number, data, line in files.lines(local, name, refuse):
+  for offset, number, data, line in files.lines(local, name, refuse, LINE_BYTES):
     if data.isspace():
       continue
     try:
@@ -221,29 +227,56 @@ class Examples:
   `too_long`: 'drop' leaves longer ones out; 'truncate' cuts the end of the last trained span (it
   has no <|im_end|> then), never of a prompt: where no trained token would remain, or only whole
   turns before a prompt that does not fit, the rest goes. All is tokenised once here; kept are
-  `sizes` (tokens) and places, 16 bytes an example. `report` counts conversations read, examples,
-  tokens, trained_tokens, too_long_dropped, too_long_truncated and `rejected` {reason: conversations
-  or lines}. Raises ValueError where no example is left.
+  `sizes` (tokens) and places, 16 bytes an example, for files also in `cache` (see `files.fetch`).
+  `report` counts conversations read, examples, tokens, trained_tokens, too_long_dropped,
+  too_long_truncated, and by 'refused: <reason>' lines and conversations left out.
+  Raises ValueError where no example is left.
   """
 
-  def __init__(self, source, tokenizer, length, too_long='drop'):
+  def __init__(self, source, tokenizer, length, too_long='drop', cache=None):
     if too_long not in ('drop', 'truncate'):
       raise ValueError(f"too_long must be 'drop' or 'truncate', got {too_long!r}")
     self._source, self._tokenizer = source, tokenizer
     self._length, self._too_long = length, too_long
-    self._lost = collections.Counter()
-    self._rejected = collections.Counter(getattr(source, 'rejected', {}))
-    self._take(np.fromiter(self._scan(), _PLACE), source.name)
+    places, counts = self._open(cache)
+    self._counts = collections.Counter(counts)
+    for reason, count in getattr(source, 'rejected', {}).items():
+      self._counts[f'refused: {reason}'] += count
+    self._take(places, source.name)
 
-  def _scan(self):
+  def _open(self, cache):
+    """The places and what was left out; measured, or found in the cache."""
+    begin, counts = time.monotonic(), collections.Counter()
+    path = self._cached(cache)
+    if path and path.exists():
+      with np.load(path) as saved:
+        return saved['places'], json.loads(str(saved['counts']))
+    places = np.fromiter(self._scan(counts), _PLACE)
+    if path and time.monotonic() - begin > SLOW:
+      with files.replace(path) as file:
+        np.savez(file, places=places, counts=json.dumps(counts))
+    return places, counts
+
+  def _cached(self, cache):
+    """The file for the places, named by all that decides them; None for what is not of files."""
+    if not isinstance(self._source, Conversations):
+      return None
+    code = [module.__file__ for module in (template, chat_formats, files, tokenizer_module)]
+    read = [self._tokenizer.file, *code, __file__]
+    key = [self._source.fingerprint, self._length, self._too_long,
+           *(files.hash_text(Path(path).read_bytes()) for path in read)]
+    return files.cache_folder(key, cache) / 'places.npz'
+
+  def _scan(self, counts):
     """The places, counting the rest; tokenizers let threads work side by side."""
     with ThreadPoolExecutor() as pool:
       for first in range(0, len(self._source), 1024):
         block = range(first, min(first + 1024, len(self._source)))
         for i, (reason, measured) in zip(block, pool.map(self._measure, block)):
-          self._rejected.update([reason] if reason else ())
+          counts.update([f'refused: {reason}'] if reason else ())
           for turn, (size, kept, trained) in enumerate(measured):
-            self._lost.update([] if size == kept else ['truncated' if kept else 'dropped'])
+            if size > kept:
+              counts['too_long_truncated' if kept else 'too_long_dropped'] += 1
             if kept:
               yield i, turn, kept, trained
 
@@ -265,8 +298,7 @@ class Examples:
     self.report = {
       'conversations': len(self._source), 'examples': len(places),
       'tokens': int(self.sizes.sum()), 'trained_tokens': int(places['trained'].sum()),
-      'too_long_dropped': self._lost['dropped'], 'too_long_truncated': self._lost['truncated'],
-      'rejected': dict(self._rejected)}
+      'too_long_dropped': 0, 'too_long_truncated': 0, **self._counts}
     if not len(places):
       raise ValueError(f'{name}: no example is left; {self.report}')
 

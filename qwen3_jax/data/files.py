@@ -52,6 +52,12 @@ def split_name(path):
   return stem.rpartition('.')[2], packed
 
 
+def cache_folder(key, cache=None):
+  """The folder of `cache` (see `fetch`) for what was made of something that `key`, JSON, names."""
+  cache = Path(cache or os.environ.get('QWEN3_JAX_CACHE') or '~/.cache/qwen3_jax').expanduser()
+  return cache / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
+
+
 def fetch(path, cache=None):
   """The file at `path` as a local one, unpacked, and the folder in which to keep what it gives.
 
@@ -59,14 +65,13 @@ def fetch(path, cache=None):
   else ~/.cache/qwen3_jax), the latter as JSON lines.
   """
   name, (kind, packed) = os.fspath(path), split_name(path)
-  cache = Path(cache or os.environ.get('QWEN3_JAX_CACHE') or '~/.cache/qwen3_jax').expanduser()
   try:
     stat = path.stat()
     with path.open('rb') as file:
       key = [name, stat.length, stat.mtime, hash_text(file.read(2 ** 20))]
   except OSError as error:
     raise type(error)(f'{name}: cannot be read ({error}); check its permissions') from error
-  folder = cache / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
+  folder = cache_folder(key, cache)
   if not (packed or kind == 'parquet' or '://' in name):
     return Path(name), folder
   local = folder / 'documents'
@@ -150,19 +155,20 @@ def _parquet_lines(path):
     raise ValueError(f'{path}: not a Parquet file ({error}); fetch the file again') from error
 
 
-def lines(local, name, refuse=None):
+def lines(local, name, refuse=None, limit=None):
   """(offset, number from 1, bytes, text) of each line; lines end at \\n only.
 
-  A line that is too long or not UTF-8 is a ValueError or, with `refuse`, left out after
-  `refuse(number, complaint)`.
+  A line of `limit` bytes (default LINE_BYTES), of which no more is read into memory, or one that is
+  not UTF-8 is a ValueError or, with `refuse`, left out after `refuse(number, complaint)`.
   """
+  limit = limit or LINE_BYTES
   offset = number = 0
   with open(local, 'rb') as file:
-    while data := file.readline(LINE_BYTES):
+    while data := file.readline(limit):
       number, start, complaint = number + 1, offset, None
       offset += len(data)
-      if len(data) == LINE_BYTES:
-        complaint = f'longer than {LINE_BYTES >> 20} MiB; split it'
+      if len(data) == limit:
+        complaint = f'longer than {limit:,} bytes; split it'
       else:
         try:
           text = data.decode('utf-8' if start else 'utf-8-sig')
@@ -175,6 +181,6 @@ def lines(local, name, refuse=None):
         raise ValueError(f'{name}, line {number}: {complaint}')
       else:
         refuse(number, complaint)
-        while len(data) == LINE_BYTES and data[-1:] != b'\n':
-          data = file.readline(LINE_BYTES)
+        while len(data) == limit and data[-1:] != b'\n':
+          data = file.readline(limit)
           offset += len(data)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_jax.data import conversations, files, mixture, packing
+from qwen3_jax.data import conversations, mixture, packing
 from qwen3_jax.data.chat_formats import normalise
 from qwen3_jax.text import tokenizer as tokenizers
 from qwen3_jax.text.template import parse
@@ -360,7 +360,7 @@ BAD = [b'{"messages": [', b'[1]', b'{"a": "caf\xe9"}', b'x' * 5000, b'[' * 4000,
   'not JSON', 'not an object', 'not UTF-8: byte 0xe9', 'longer than', 'not JSON',
   'no assistant turn'])))
 def test_bad_line_is_an_error_or_counted(tmp_path, monkeypatch, line, complaint):
-  monkeypatch.setattr(files, 'LINE_BYTES', 4096)
+  monkeypatch.setattr(conversations, 'LINE_BYTES', 4096)
   path = tmp_path / 'a.jsonl'
   path.write_bytes(lines([chat('one')]) + line + b'\n' + lines([chat('two')]) + line)
   with pytest.raises(ValueError, match=f'a.jsonl, line 2: {complaint}'):
@@ -435,7 +435,7 @@ def test_examples_fit_and_every_loss_is_counted(mixed, small_tokenizer, too_long
   source = conversations.Examples(mixed, small_tokenizer, 200, too_long)
   report, key = source.report, f'too_long_{"dropped" if too_long == "drop" else "truncated"}'
   assert whole.report['examples'] == len(whole) == 59 * 2
-  assert report['conversations'] == 60 and report['rejected'] == {'reasoning missing': 1}
+  assert report['conversations'] == 60 and report['refused: reasoning missing'] == 1
   arrays = [source[i] for i in range(len(source))]
   assert [len(x) for x in arrays] == source.sizes.tolist() and source.sizes.max() <= 200
   assert report['tokens'] == sum(map(len, arrays))
@@ -450,6 +450,29 @@ def test_examples_fit_and_every_loss_is_counted(mixed, small_tokenizer, too_long
     assert x['weight'][-1] == 1 and len(x) == 200
   with pytest.raises(IndexError):
     source[len(source)]
+
+
+def test_what_took_long_to_measure_is_kept(tmp_path, small_tokenizer, monkeypatch):
+  monkeypatch.setattr(conversations, 'SLOW', 0)
+  rows = [chat('q'), chat('q /think'), chat('q', 'say ' * 99)]
+  path = tmp_path / 'a.jsonl'
+
+  def measure(coder=small_tokenizer, **options):
+    path.write_bytes(lines(rows))
+    made = conversations.Examples(conversations.read(str(path)), coder,
+                                  **({'length': 40, 'cache': tmp_path / 'cache'} | options))
+    return made, len(list((tmp_path / 'cache').rglob('places.npz')))
+
+  first, kept = measure()
+  again, still = measure()
+  assert kept == still == 1 and again.report == first.report and len(first) == 1
+  assert again.report['too_long_dropped'] == again.report['refused: reasoning missing'] == 1
+  assert again[0].tobytes() == first[0].tobytes() and again.fingerprint == first.fingerprint
+  other = tokenizers.train(['what else could be said'] * 9, 300, tmp_path / 'other')
+  assert measure(other)[1] == 2 and measure(length=41)[1] == 3
+  assert measure(too_long='truncate')[0].report['too_long_truncated'] == 1
+  rows[0] = chat('q, but longer')
+  assert measure()[0].sizes.tolist() != first.sizes.tolist()
 
 
 def test_truncation_spares_the_prompt(small_tokenizer):
