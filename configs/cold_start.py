@@ -1,0 +1,16 @@
+"""Long-CoT cold start: supervised fine-tuning on filtered thinking (Qwen3 report, section 4.1).
+
+Its purpose is the pattern, not the score: the report keeps samples and steps few. Make the data
+with `python -m qwen3_jax filter --config=configs/filter.py:cold_start`. The tiny form learns to
+think on generated problems.
+"""
+from qwen3_jax.stages.defaults import supervised
+
+
+def get_config(arg):
+  config = supervised('cold_start', arg, tiny_steps=1000)
+  if config.model.layers == 4:
+    config.optim.update(dict(schedule='linear', peak_lr=3e-3))
+    config.data.sources = (('tasks:size=20000', 1.0),)
+    config.data.heldout = ('tasks:size=400',)
+  return config

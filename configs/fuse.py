@@ -1,0 +1,25 @@
+"""The mixed data of thinking-mode fusion: two filters and how their output is mixed.
+
+Qwen3 report, section 4.3: thinking data by rejection sampling of the current model on the queries
+of the cold start, other data checked by checklists, more translation. Its shares and rates are
+unpublished: those of `mix` are ours.
+"""
+import importlib.util
+import inspect
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from qwen3_jax.data.fusion import fuse
+
+
+def get_config(arg):
+  spec = importlib.util.spec_from_file_location('filter', Path(__file__).with_name('filter.py'))
+  filters = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(filters)
+  tail = f',{arg}' if arg else ''
+  rates = {name: parameter.default for name, parameter in inspect.signature(fuse).parameters.items()
+           if parameter.kind == parameter.KEYWORD_ONLY and name != 'size'}
+  return ConfigDict(dict(thinking=filters.get_config(f'rejection{tail}'),
+                         plain=filters.get_config(f'plain{tail}'),
+                         mix=dict(size=None, heldout=0.02) | rates), type_safe=False)
