@@ -4,13 +4,13 @@ Its purpose is the pattern, not the score: the report keeps samples and steps fe
 with `python -m qwen3_jax filter --config=configs/filter.py:cold_start`. The tiny form learns to
 think on generated problems.
 """
-from qwen3_jax.stages.defaults import supervised
+from qwen3_jax.stages.defaults import REASONING, supervised
 
 
 def get_config(arg):
   config = supervised('cold_start', arg, tiny_steps=1000)
   if config.model.layers == 4:
     config.optim.update(dict(schedule='linear', peak_lr=3e-3))
-    config.data.sources = (('tasks:size=20000', 1.0),)
-    config.data.heldout = ('tasks:size=400',)
+    config.data.sources = ((f'{REASONING},size=20000', 1.0),)
+    config.data.heldout = (f'{REASONING},size=400',)
   return config

@@ -1,5 +1,10 @@
 """Pipelines that make training data: cold_start, rl, text, chat and synthetic."""
+import inspect
+
 from ml_collections import ConfigDict
+
+from qwen3_jax.data import decontaminate, duplicates, filters, languages, repetition
+from qwen3_jax.stages import annotate, synthesis
 
 STAGES = dict(
   cold_start=('read', 'verifiable', 'deduplicate', 'decontaminate', 'judge', 'solvable', 'annotate',
@@ -9,6 +14,13 @@ STAGES = dict(
   chat=('read', 'rules', 'deduplicate', 'decontaminate'),
   synthetic=('read', 'synthesise', 'rules', 'deduplicate', 'decontaminate', 'annotate'))
 KINDS = dict(cold_start='query', rl='query', text='text', chat='chat', synthetic='any')
+
+
+def defaults(rule):
+  """The thresholds of a rule as its own signature has them; its docstring says what they are."""
+  return {name: parameter.default for name, parameter in inspect.signature(rule).parameters.items()
+          if isinstance(parameter.default, (int, float, tuple, type(None)))
+          and name != 'boilerplate'}
 
 
 def get_config(arg):
@@ -29,24 +41,22 @@ def get_config(arg):
     endpoint=dict(workers=16, tries=5, wait=1.0, timeout=600.0),
     read=dict(kind=KINDS[arg], solutions=False),
     judge=dict(model='judge', tries=3, batch=64),
-    solvable=dict(model='judge', tries=4, right=1, prompt=prompt, sampling=sampling, batch=64),
+    solvable=dict(model='judge', tries=4, right=1, prompt=prompt, sampling=dict(sampling), batch=64),
     annotate=dict(model='annotator', characters=4000, tries=3, least_education=None,
-                  safe_only=arg == 'synthetic', batch=64, domains=(
-                    'mathematics', 'science', 'engineering', 'computing', 'medicine', 'law',
-                    'economics', 'history', 'society', 'language', 'arts', 'daily life', 'other')),
+                  safe_only=arg == 'synthetic', batch=64, domains=annotate.DOMAINS),
     balance=dict(cap=20_000, seed=0, field='domain'),
-    candidates=dict(model='generator', n=4, prompt=prompt, sampling=sampling, batch=64),
+    candidates=dict(model='generator', n=4, prompt=prompt, sampling=dict(sampling), batch=64),
     responses=dict(thinking=True, keep=None),
-    pass_rate=dict(model='generator', n=16, prompt=prompt, sampling=sampling, enable_thinking=True,
+    pass_rate=dict(model='generator', n=16, prompt=prompt, sampling=dict(sampling), enable_thinking=True,
                    batch=64),
     band=dict(low=0.0, high=1.0, used=()),
-    synthesise=dict(model='generator', kinds=('textbook', 'qa', 'instruction', 'code'),
-                    characters=3000, sampling=sampling, enable_thinking=True, batch=64),
-    repetition=dict(share=0.3, window=12, loop_tokens=40, loop_times=4, line_times=8, ratio=0.1,
-                    ratio_bytes=2000),
-    languages=dict(expected=None, allowed=(), letters=80, confidence=0.9, doubt=0.01, share=0.05),
-    guess=dict(least=8, share=0.1, tail=0.3),
-    similar=dict(similarity=0.5, contained=0.7, width=3, least=8),
-    deduplicate=dict(threshold=0.8, width=5, seed=1),
-    decontaminate=dict(tests=(), run=13, share=0.6, short=8, least=4, gram=6, shared=3)),
+    synthesise=dict(model='generator', kinds=tuple(synthesis.TEMPLATES),
+                    characters=3000, sampling=dict(sampling), enable_thinking=True, batch=64),
+    repetition=defaults(repetition.find_repetition), languages=defaults(languages.find_mixing),
+    guess=defaults(filters.find_guess),
+    similar=defaults(filters.find_similar) | defaults(filters.Similar),
+    # Short questions that differ in their numbers are two questions.
+    deduplicate=defaults(duplicates.Deduplicator) | (
+      dict(threshold=0.9) if KINDS[arg] == 'query' else {}),
+    decontaminate=dict(tests=()) | defaults(decontaminate.Index)),
     type_safe=False)

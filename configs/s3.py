@@ -14,8 +14,9 @@ def get_config(arg):
   config.optim.peak_lr *= 0.2
   config.optim.schedule = 'linear'
   if config.model.layers == 4:
-    config.steps = 60
-    config.data.length, config.data.batch = 1024, 4
+    config.steps = 120
+    config.data.length, config.data.batch = 1024, 2
+    config.data.heldout_batches = 8
     config.data.sources = (('stdlib', 1.0),)
     config.data.heldout = ('stdlib',)
   else:

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 
 import numpy as np
+import rensa
 
 from qwen3_jax.data.duplicates import shingle
 from qwen3_jax.rewards import answers, math
@@ -18,8 +19,8 @@ _GUESS = re.compile(
   r'|\b(?:pick|choose|choosing|picking|answer(?:ing)?) (?:one |an answer |a number )?at random\b'
   r"|\bi (?:have no idea|don't know how to|can't solve|cannot solve|give up)\b"
   r"|\b(?:not sure|no idea|unsure|uncertain)[^.\n]{0,40}\b(?:but|so)[^.\n]{0,30}\b"
-  r'(?:guess|go with|pick|choose|say)\b|我(?:就|只能|来|随便)?(?:猜|蒙)|随便(?:选|猜|填)|瞎猜|猜一个',
-  re.IGNORECASE)
+  r'(?:guess|go with|pick|choose|say)\b|我(?:就|只能|来|随便)?(?:猜|蒙)|随便(?:选|猜|填)'
+  r'|瞎猜|猜一个', re.IGNORECASE)
 _REASON = re.compile(
   r'=|\d\s*[-+*/×÷^<>]\s*\d|\\(?:frac|times|cdot|implies|Rightarrow|equiv|sum|int|sqrt|le|ge)\b|[≈⇒∴→≡]'
   r'|\b(?:so|because|since|thus|therefore|hence|then|if|means|implies|follows|gives|must|only|'
@@ -89,7 +90,7 @@ class Similar:
         owners.append(np.full(len(grams), len(self.names), np.uint32))
         self.names.append(name)
     self.sizes = np.array([len(part) for part in hashes])
-    keys = np.concatenate(hashes) if hashes else np.empty(0, np.int64)
+    keys = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
     order = np.argsort(keys, kind='stable')
     self.keys = keys[order]
     self.owners = np.concatenate(owners)[order] if owners else np.empty(0, np.uint32)
@@ -110,7 +111,7 @@ class Similar:
 
 
 def _hash(grams):
-  return np.fromiter(map(hash, grams), np.int64, len(grams))
+  return np.array(rensa.RMinHash.hash_token_sets([list(grams)])[0], np.uint64)
 
 
 def find_similar(text, index, similarity=0.5, contained=0.7):
@@ -122,29 +123,35 @@ def find_similar(text, index, similarity=0.5, contained=0.7):
 
 
 _PARTS = re.compile(r'(?:^|[\s:;.,])[(]?([a-hA-H]|i{1,3}|iv|[1-6])[).](?=\s+\S)', re.MULTILINE)
-_ASK = (r'(?:find|determine|compute|calculate|what|how|which|who|when|where|show|prove|evaluate|'
-        r'give|state|list|write|explain|sketch|solve)')
+_ASK = re.compile(
+  r'\b(?:find|determine|compute|calculate|what|how|which|who|whose|evaluate|give|state|list|write|'
+  r'explain|sketch|solve|prove|show)\b|多少|几|什么|哪|怎', re.IGNORECASE)
 _AND_ALSO = re.compile(
-  r'\b(?:and|then|after that),? (?:also )(?:find|determine|compute|calculate|give|state|explain)\b'
-  r'|\balso,? (?:find|determine|compute|calculate|explain|prove|show)\b', re.IGNORECASE)
+  r'\b(?:and|then|after that),? also (?:find|determine|compute|calculate|state|explain)\b'
+  r'|(?:^|[.?!]\s+)also,? (?:find|determine|compute|calculate|explain|prove|show)\b',
+  re.IGNORECASE | re.MULTILINE)
+# Where an instruction begins: at a sentence's start or after a request.
+_START = (r'(?:(?:^|[.!?:;]["”)]?\s+|\b(?:please|can you|could you|i want you to|'
+          r'your task is to|you (?:must|should|will|need to|have to))\s+)(?:now |then |also |first )?)')
 _PROOF = re.compile(
-  r'(?:^|[.!?:;,]\s+|\b(?:to|and|then|please|can you|must|should)\s+)(?:(?:dis)?prove|show|verify|'
-  r'demonstrate|justify)\s+(?:that|whether|why|it|this|the (?:following|statement|identity|'
-  r'inequality|theorem)|for all|your)\b|\b(?:give|write|provide) (?:a|the|your) (?:formal |'
-  r'rigorous )?proof\b|(?:^|[，。；])\s*(?:求证|证明)', re.IGNORECASE)
+  rf'{_START}(?:(?:dis)?prove|show|verify|demonstrate|justify)\s+(?:that|whether|why|it|this|'
+  r'for all|your|the (?:following|statement|identity|inequality|theorem))\b'
+  r'|[,;.]?\s+and (?:dis)?prove (?:that|it|your)\b|\b(?:give|write|provide) (?:a|the|your) '
+  r'(?:formal |rigorous )?proof\b|(?:^|[，。；：])\s*(?:求证|证明)', re.IGNORECASE | re.MULTILINE)
 _OPEN = re.compile(
-  r'\b(?:write|compose|draft|create|generate|come up with|make up|tell(?: me)?|brainstorm|produce)\b'
-  r'(?: \w+){0,6}? (?:essay|poem|story|stories|letter|email|e-mail|haiku|song|lyrics|speech|article|'
-  r'paragraph|review|blog|post|tweet|slogan|advertisement|ad|report|summary|script|joke|dialogue|'
-  r'conversation|description|outline|plan|recipe|list|names?|ideas?|titles?|questions?|riddle|'
-  r'resume|bio|announcement|message|note|sentences?|limerick|caption|tagline|headline|text)\b'
-  r'|(?:^|[.!?:]\s+|\b(?:please|and|to|can you|could you) )(?:explain|describe|discuss|summari[sz]e|'
-  r'paraphrase|rewrite|rephrase|suggest|recommend|critique|brainstorm|elaborate|argue|advise|design|'
-  r'edit|outline|imagine|draw|sketch|compare and contrast)\b'
-  r'|\bin your own words\b|\bwhat (?:do|would) you (?:think|recommend|suggest|say|do)\b|\bwhy (?:is|are|do|'
-  r'does|did|was|were|should)\b|\bgive me (?:some |a few |several |an? )?(?:\w+ ){0,2}(?:ideas?|tips|'
-  r'advice|suggestions?|examples?)\b|(?:写|撰写|创作)一?(?:篇|首|个|封|段)|请(?:解释|描述|谈谈|说明|论述)',
-  re.IGNORECASE)
+  rf'{_START}(?:(?:write|compose|draft|create|generate|produce|make|tell(?: me)?|plan|build)\b'
+  r'(?! (?:your|the|its|their) answer)(?: [\w-]+){0,6}? (?:essay|poem|story|stories|letter|email|'
+  r'e-mail|haiku|song|lyrics|speech|article|paragraph|review|blog|post|tweet|slogan|advertisement|'
+  r'ad|report|summary|script|joke|dialogue|conversation|description|outline|plan|menu|recipe|riddle|'
+  r'resume|bio|announcement|message|note|sentences?|limerick|caption|tagline|headline|itinerary)\b'
+  r'|(?:explain|describe|discuss|summari[sz]e|paraphrase|rephrase|suggest|recommend|critique|'
+  r'brainstorm|elaborate|argue|advise|design|outline|invent|imagine that you|come up with|'
+  r'compare and contrast|edit the|improve the)\b|rewrite (?!.{0,40}(?:\$|\\|as an?\b)))'
+  r'|\b(?:list|give|provide|share|offer|suggest)\b[^.?!$]{0,30}\b(?:tips|ideas|advice|suggestions|'
+  r'recommendations|words of)\b|\bin your own words\b|\b(?:what|how) (?:do|would) you (?:think|'
+  r'recommend|suggest|say|feel|do if)\b|\bwhy (?:is|are|do|does|did|was|were|should)\b[^.]*\?'
+  r'|(?:写|撰写|创作)一?(?:篇|首|个|封|段)|请(?:解释|描述|谈谈|说明|论述)',
+  re.IGNORECASE | re.MULTILINE)
 _STEM = re.compile(
   r'\bwhich (?:(?:one )?of (?:the following|these|them|the (?:options|statements|choices) below)|'
   r'(?:option|choice|statement)s?)\b|\bchoose the (?:correct|best|right)\b|\bselect all\b'
@@ -155,12 +162,16 @@ _OPTION = re.compile(
 _FIGURE = re.compile(
   r'\b(?:figure|diagram|picture|graph|image|drawing|chart|photo|map|table) (?:\w+ )?(?:below|above|'
   r'at (?:the )?(?:right|left)|to the (?:right|left)|shown|provided)\b'
-  r'|\b(?:shown|pictured|drawn|depicted|seen|illustrated|indicated|given) (?:\w+ )?(?:in|on|by) (?:the|'
-  r'this) (?:\w+ )?(?:figure|diagram|picture|graph|image|chart|drawing|map)\b'
-  r'|\b(?:in|from|see|using) (?:the|this) (?:\w+ )?(?:figure|diagram|picture|image|photo)\b'
-  r'|\bthe (?:figure|diagram|graph|picture) (?:below|above|shows)\b|如图|下图|上图|图中', re.IGNORECASE)
-_DRAWN = re.compile(r'\[asy\]|\\begin\{(?:tikz|array|tabular|picture)|^.*\|.*\|.*$|!\[|<img|<svg|```',
-                    re.MULTILINE)
+  r'|\b(?:shown|pictured|drawn|depicted|illustrated|indicated|given) (?:\w+ )?(?:in|on|by) '
+  r'(?:the|this) (?:\w+ )?(?:figure|diagram|picture|graph|image|chart|drawing|map)\b'
+  r'|\b(?:in|from|see|using) (?:the|this) (?:\w+ )?(?:figure|diagram|picture|image)\b'
+  r'|\bthe (?:figure|diagram|graph|picture) (?:below|above|shows)\b|如图|下图|上图|图中',
+  re.IGNORECASE)
+_DRAWN = re.compile(
+  r'\[asy\]|\\begin\{(?:tikz|array|tabular|picture)|^.*\|.*\|.*$|!\[|<img|<svg|```',
+  re.MULTILINE)
+_DRAWING = re.compile(r'\[asy\].*?(?:\[/asy\]|\Z)', re.DOTALL)
+_QUOTED = re.compile(r'"[^"\n]{1,300}"|“[^”\n]{1,300}”|``[^\'\n]{1,300}\'\'')
 
 
 def find_unverifiable(question):
@@ -169,8 +180,9 @@ def find_unverifiable(question):
   Several sub-questions; a proof; open generation or explanation; a multiple-choice stem without
   its options; a figure that is not there (Asymptote, tables and the like are one).
   """
-  return (_find_parts(question) or _named(_PROOF, question, 'asks for a proof')
-          or _named(_OPEN, question, 'asks for free text') or _find_missing(question))
+  said = _QUOTED.sub(' ', _DRAWING.sub(' ', question))
+  return (_find_parts(said) or _named(_PROOF, said, 'asks for a proof')
+          or _named(_OPEN, said, 'asks for free text') or _find_missing(question))
 
 
 def _named(pattern, text, reason):
@@ -183,16 +195,16 @@ def _find_parts(question):
   for first, second in (('a', 'b'), ('i', 'ii'), ('1', '2')):
     if first in labels and second in labels[labels.index(first) + 1:]:
       parts = _PARTS.split(question)
-      asks = sum(bool(re.match(rf'\s*{_ASK}\b', part, re.IGNORECASE)) or '?' in part
-                 for part in parts[2::2])
+      asks = sum(bool(_ASK.match(part.strip())) or '?' in part for part in parts[2::2])
       if asks >= 2:
         return f'{asks} labelled sub-questions'
   extra = _AND_ALSO.search(question)
   if extra:
     return f'several questions: {" ".join(extra[0].split())!r}'
-  sentences = [s for s in re.split(r'(?<=[?？])\s*', question) if s.rstrip().endswith(('?', '？'))]
-  asks = [s for s in sentences if len(_WORD.findall(s)) >= 3 and not s.rstrip().endswith('??')]
-  return f'{len(asks)} questions' if len(asks) > 1 else None
+  asks = [ask for ask in re.findall(r'[^.?!？。！]*[?？]', question)
+          if _ASK.search(ask) and len(_WORD.findall(ask)) >= 4]
+  again = asks and re.match(r'\s*(?:that is|in other words|i\.e)\b', asks[-1], re.IGNORECASE)
+  return f'{len(asks)} questions' if len(asks) - bool(again) > 1 else None
 
 
 def _find_missing(question):

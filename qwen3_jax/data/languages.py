@@ -4,20 +4,27 @@ import functools
 import re
 from collections import Counter
 
+CHARACTERS = 400  # of a paragraph, that the classifier sees
 _NOT_PROSE = re.compile(
   r'```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`|<tool_call>.*?(?:</tool_call>|\Z)|<<[^>\n]*>>'
-  r'|\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\$\$.*?\$\$|\$[^$\n]{1,400}\$|\\\(.*?\\\)|\\\[.*?\\\]'
-  r'|\\[A-Za-z]+|https?://\S+|\S+@\S+\.\w+|</?\w[^>\n]*>|^[ \t]*[\[{].*$|^(?:\t| {4,}).*$',
-  re.DOTALL | re.MULTILINE)
+  r'|\\begin\{((?:equation|align|gather|multline|cases|array|tabular|[bpv]?matrix|verbatim'
+  r'|lstlisting|tikzpicture)\*?)\}.*?\\end\{\1\}|\$\$.*?\$\$|\$[^$\n]{1,400}\$|\\\(.*?\\\)'
+  r'|\\\[.*?\\\]|\\[A-Za-z]+|\[asy\].*?(?:\[/asy\]|\Z)|https?://\S+|\S+@\S+\.\w+|</?\w[^>\n]*>'
+  r'|^[ \t]*[\[{]+[ \t]*(?:["\'\[{][^\n]*)?$|^(?:\t| {4,})[^\n]*$', re.DOTALL | re.MULTILINE)
 _MENTION = re.compile(  # what is named or quoted is no mixing
   r'"[^"\n]{1,80}"|“[^”\n]{1,80}”|«[^»\n]{1,80}»|‘[^’\n]{1,80}’|「[^」\n]{1,80}」|『[^』\n]{1,80}』'
   r'|《[^》\n]{1,80}》|\([^()\n]{1,80}\)|（[^（）\n]{1,80}）|_[^_\n]{1,80}_|\*[^*\n]{1,80}\*')
 _SCRIPTS = {
-  'Latin': 'A-Za-zÀ-ÖØ-öø-ɏḀ-ỿ', 'Chinese': '㐀-䶿一-鿿豈-﫿', 'Japanese': 'ぁ-ゖァ-ヺー',
-  'Korean': '가-힣ᄀ-ᇿ', 'Cyrillic': 'Ѐ-ԯ', 'Arabic': 'ء-يٮ-ۓݐ-ݿ', 'Hebrew': 'א-ת', 'Thai': 'ก-ฮะ-ๆ',
-  'Devanagari': 'ऀ-ॿ', 'Bengali': 'ঀ-৿', 'Gujarati': '઀-૿', 'Gurmukhi': '਀-੿', 'Tamil': '஀-௿',
-  'Telugu': 'ఀ-౿', 'Kannada': 'ಀ-೿', 'Malayalam': 'ഀ-ൿ', 'Sinhala': '඀-෿', 'Georgian': 'ა-ჿ',
-  'Armenian': 'Ա-֏', 'Ethiopic': 'ሀ-፿', 'Khmer': 'ក-៿', 'Burmese': 'က-႟', 'Lao': 'ກ-໿'}
+  'Latin': r'A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff',
+  'Chinese': r'\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff', 'Japanese': r'\u3041-\u3096\u30a1-\u30fa',
+  'Korean': r'\uac00-\ud7a3\u1100-\u11ff', 'Cyrillic': r'\u0400-\u052f',
+  'Arabic': r'\u0620-\u064a\u066e-\u06d3\u0750-\u077f', 'Hebrew': r'\u05d0-\u05ea',
+  'Thai': r'\u0e01-\u0e46', 'Devanagari': r'\u0900-\u0963', 'Bengali': r'\u0980-\u09e3',
+  'Gujarati': r'\u0a81-\u0ae3', 'Gurmukhi': r'\u0a01-\u0a5e', 'Tamil': r'\u0b82-\u0bd7',
+  'Telugu': r'\u0c00-\u0c63', 'Kannada': r'\u0c80-\u0ce3', 'Malayalam': r'\u0d00-\u0d63',
+  'Sinhala': r'\u0d81-\u0ddf', 'Georgian': r'\u10a0-\u10ff', 'Armenian': r'\u0531-\u0587',
+  'Ethiopic': r'\u1200-\u137c', 'Khmer': r'\u1780-\u17d3', 'Burmese': r'\u1000-\u109f',
+  'Lao': r'\u0e81-\u0eff'}
 _DENSE = {'Chinese': 2, 'Japanese': 2, 'Korean': 2}  # letters that make a run; 4 elsewhere
 _TOGETHER = {'Japanese': {'Chinese'}, 'Korean': {'Chinese'}}
 _OF_LANGUAGE = {
@@ -47,7 +54,7 @@ _FAMILIES = ({'zh', 'yue', 'wuu'}, {'no', 'nn', 'da', 'sv', 'fo'}, {'hr', 'sr', 
 
 
 def find_mixing(text, expected=None, allowed=(), letters=80, confidence=0.9, doubt=0.01,
-                share=0.05):
+                share=0.05, sure=0.6):
   """None, or where `text` leaves its language, with the measure.
 
   `expected` are the languages it should be in (ISO 639-1 codes, or one), by default the one most
@@ -59,18 +66,21 @@ def find_mixing(text, expected=None, allowed=(), letters=80, confidence=0.9, dou
     there a run is 8 words, most in lower case.
   - By language (py3langid), in paragraphs of `letters` letters or more (a third of that in scripts
     without spaces): the best language has probability `confidence`, no wanted one or close
-    relative `doubt`, and all such paragraphs are the share `share` of the letters.
+    relative `doubt`, and all such paragraphs are the share `share` of the letters. Without
+    `expected` the main language must be plain: `sure` of the text times its probability.
   """
   prose = _NOT_PROSE.sub(' ', text)
   if isinstance(expected, str):
     expected = (expected,)
   wanted = {*(expected or ()), *allowed}
-  scripts = {'Latin': len(_LATIN_WORD.findall(prose))} if prose.isascii() else _count(prose)
+  scripts = {'Latin': len(_LATIN_WORD.findall(prose))} if prose.isascii() else (
+    _count(_MENTION.sub(' ', prose)) or _count(prose))
   total = sum(scripts.values())
   if not total:
     return None
   return (_find_foreign_script(prose, scripts, total, expected, wanted)
-          or _find_foreign_paragraph(prose, expected, wanted, letters, confidence, doubt, share))
+          or _find_foreign_paragraph(prose, expected, wanted, letters, confidence, doubt, share,
+                                     sure))
 
 
 def _count(text):
@@ -130,38 +140,68 @@ def _identifier():
 
 
 def identify(text):
-  """(ISO 639 code, probability) of the language of `text`; 600 characters are looked at."""
-  words = _LATIN_WORD.findall(text[:600].lower()) if text.isascii() else ()
+  """(ISO 639 code, probability) of the language of `text`; its first 400 characters are looked at."""
+  words = _LATIN_WORD.findall(text[:CHARACTERS].lower()) if text.isascii() else ()
   if len(words) >= 12 and 4 * sum(word in _ENGLISH for word in words) >= len(words):
     return 'en', 1.0
-  return _identifier().classify(text[:600])
+  return _identifier().classify(text[:CHARACTERS])
 
 
-def _find_foreign_paragraph(prose, expected, wanted, letters, confidence, doubt, share):
+def find_languages(text, letters=40, confidence=0.9):
+  """Languages of the paragraphs of `text`: what an answer to it may be in, for `allowed`.
+
+  A sentence of English in a Chinese question counts as one of English.
+  """
+  prose = _NOT_PROSE.sub(' ', text)
+  parts = re.split(r'\n+', prose) + [run[0] for run in _run_pattern('Latin').finditer(prose)]
+  for name in _count(prose).keys() - {'Latin'} if not prose.isascii() else ():
+    parts += [run[0] * (8 if name in _DENSE else 1) for run in _run_pattern(name).finditer(prose)]
+  found = (identify(part) for part in parts if len(part) >= letters)
+  return {language for language, probability in found if probability >= confidence}
+
+
+def _split(prose, letters):
+  """(letters, text) of paragraphs; short lines of a block are joined. Of more than 30, every nth.
+
+  Unspaced characters count for three letters.
+  """
   paragraphs = []
-  for paragraph in re.split(r'\n\s*\n|\n(?=[^a-z\s])', prose):
-    size = sum(map(len, re.findall(r'[^\W\d_]+', paragraph)))
-    dense = sum(len(_LETTER[name].findall(paragraph)) for name in _DENSE) if (
-      not paragraph.isascii()) else 0
-    if size + 2 * dense >= letters:
-      paragraphs.append((size + 2 * dense, ' '.join(paragraph.split())))
+  for block in re.split(r'\n\s*\n', prose):
+    size, lines = 0, []
+    for line in re.split(r'\n(?=[^a-z\s])', block):
+      size += len(re.findall(r'[^\W\d_]', line))
+      if not line.isascii():
+        size += 2 * sum(len(_LETTER[name].findall(line)) for name in _DENSE)
+      lines.append(' '.join(line.split()))
+      if size >= letters:
+        paragraphs.append((size, ' '.join(lines)))
+        size, lines = 0, []
+  return paragraphs[::len(paragraphs) // 31 + 1]
+
+
+def _find_foreign_paragraph(prose, expected, wanted, letters, confidence, doubt,
+                            share, sure):
+  paragraphs = _split(prose, letters)
   if not paragraphs or (len(paragraphs) == 1 and not expected):
     return None
   languages = [identify(paragraph) for _, paragraph in paragraphs]
+  total = sum(size for size, _ in paragraphs)
   if not expected:
     main = Counter()
     for (size, _), (language, probability) in zip(paragraphs, languages):
-      main[language] += size * probability
-    wanted = wanted | {main.most_common(1)[0][0]}
+      main[language] += size * probability * (language != 'zxx')
+    (language, weight), = main.most_common(1)
+    if weight < sure * total:  # a language that the classifier does not know
+      return None
+    wanted = wanted | {language}
   close = wanted.union(*(family for family in _FAMILIES if family & wanted))
   foreign, example = 0, None
   for (size, paragraph), (language, probability) in zip(paragraphs, languages):
-    if language in close or probability < confidence:
+    if language in close or language == 'zxx' or probability < confidence:
       continue
-    if max(p for name, p in _identifier().rank(paragraph[:600]) if name in close) < doubt:
+    if max(p for name, p in _identifier().rank(paragraph[:CHARACTERS]) if name in close) < doubt:
       foreign += size
       example = example or (language, probability, paragraph)
-  total = sum(size for size, _ in paragraphs)
   if foreign < share * total or not foreign:
     return None
   language, probability, paragraph = example

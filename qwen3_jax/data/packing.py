@@ -176,11 +176,13 @@ class Loader:
   of (source name, text or ids), see `mixture.mixture`. `state()` describes what was handed out, not
   what a background thread has prepared; `restore` takes such a state, or several hosts' merged.
   `whole` packs whole documents only (see `Lane.take_whole`), otherwise rows are full (see
-  `Lane.take_row`). An error while reading reaches the consumer at the batch it belongs to.
+  `Lane.take_row`); `assemble(rows, length)` makes arrays of them. An error while reading reaches
+  the consumer at the batch it belongs to.
   """
 
   def __init__(self, documents, encode, batch, length, eod_id, rows=None, keep_whole=0,
-               encode_batch=None, prefetch=2, whole=False):
+               encode_batch=None, prefetch=2, whole=False, assemble=make_batch):
+    self._assemble = assemble
     self.batch, self.length, self.keep_whole, self.whole = batch, length, keep_whole, whole
     self.rows = list(range(batch)) if rows is None else list(rows)
     if not self.rows or not set(self.rows) <= set(range(batch)):
@@ -257,7 +259,7 @@ class Loader:
         rows = [take(lane, self.length, self.keep_whole, self._read)
                 for lane in self._lanes.values()]
         self._step += 1
-        out.put((make_batch(rows, self.length), self._describe()))
+        out.put((self._assemble(rows, self.length), self._describe()))
     except Exception as error:
       out.put((None, error))
 
@@ -297,12 +299,12 @@ def merge_states(states):
 
 
 def fixed_batches(source, encode, batch, length, count, eod_id, rows=None, seed=0, keep_whole=0,
-                  whole=False):
+                  whole=False, assemble=make_batch):
   """At most `count` batches that read each document of `source` at most once, always the same.
 
   For held-out loss: the order is a permutation fixed by `seed`; when the documents run out, rows
   end in padding (segment 0), and fewer batches come where nothing is left. Only `rows`
-  of each are returned. `keep_whole` and `whole` are as in Loader.
+  of each are returned. `keep_whole`, `whole` and `assemble` are as in Loader.
   """
   size = len(source)
   shuffled = _Shuffled(source, seed)
@@ -314,7 +316,7 @@ def fixed_batches(source, encode, batch, length, count, eod_id, rows=None, seed=
     taken = [take(lane, length, keep_whole, read) for lane in lanes]
     if not any(taken):
       return
-    yield make_batch([taken[r] for r in sorted(wanted)], length)
+    yield assemble([taken[r] for r in sorted(wanted)], length)
 
 
 class _Shuffled:

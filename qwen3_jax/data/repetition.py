@@ -6,131 +6,136 @@ from collections import Counter
 
 import numpy as np
 
-_UNSPACED = r'\u3005-\u30ff\u3400-\u9fff\u0e00-\u0eff'
+_UNSPACED = r'\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff'
 _TOKEN = re.compile(rf'[{_UNSPACED}]|[^\W_{_UNSPACED}]+|[^\w\s]|_')
-_LETTERS = re.compile(r'[^\W\d_]')
+_WORD = re.compile(rf'[{_UNSPACED}]|[^\s{_UNSPACED}]+')
+_LETTER = re.compile(r'[^\W\d_]')
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+TAIL = 12000  # characters of the end in which a loop is looked for
 
 
-def find_repetition(text, share=0.3, window=12, loop_tokens=40, loop_times=4, line_times=8,
-                    ratio=0.1, ratio_bytes=2000):
+def find_repetition(text, share=0.3, window=12, loop_tokens=40, loop_times=4, often=8, ratio=0.1,
+                    ratio_bytes=2000):
   """None, or why `text` is substantially repetitive, with the measure.
 
-  Four measures, in this order. Tokens are words, punctuation marks and unspaced characters.
-  - Loop: the text ends in at least `loop_times` rounds of one run of tokens, over `loop_tokens`
-    tokens or more (where the run is one or two tokens, three times as many).
-  - Lines: at least `line_times` lines of prose (4 words or more) that are equal but for their
-    numbers make up the share `share` of the text.
-  - Passages: at least the share `share` of the tokens lies in a prose run of `window` tokens that
-    was there before, and one such run is there three times or more.
+  Four measures, in this order; words are what white space separates, and single characters where
+  nothing does, tokens are words, numbers and punctuation marks.
+  - Loop: the text ends in at least `loop_times` rounds of a run of tokens that has a letter, over
+    `loop_tokens` tokens (three times as many where the run is one or two); in 8 rounds of a run of
+    5 different tokens without one; or in 120 characters of period 20 or less (600 without letters).
+  - Lines: `often` lines that are equal but for their numbers are the share `share` of the text.
+  - Passages: the share `share` of the words lies in a run of `window` words (twice as many
+    characters) that was there before, one such run at least three times; half the share is enough
+    where one is there `often` times.
   - Compression: zlib makes a text of `ratio_bytes` or more smaller than `ratio` of it.
-  What has few letters (tables, arithmetic, rulers) is not prose. In verse, that is short lines, a
-  refrain may make up twice the share.
+  What has less than 30 % letters (tables, arithmetic, rulers) is not prose and counts in the first
+  only. Where lines are short (verse has refrains) or indented (code), twice the share is needed.
   """
-  tokens = _TOKEN.findall(text)
-  return (_find_loop(tokens, loop_tokens, loop_times)
-          or _find_lines(text, share, line_times)
-          or _find_passages(text, tokens, share, window)
+  return (_find_loop(text, loop_tokens, loop_times)
+          or _find_lines(text, share, often)
+          or _find_passages(text, share, window, often)
           or _find_redundancy(text, ratio, ratio_bytes))
 
 
-def _is_prose(words, least):
-  """At least `least` words of letters, and these at least half of the tokens."""
-  count = sum(1 for word in words if word[0].isalpha())
-  return count >= least and 2 * count >= len(words)
+def _is_prose(text, letters):
+  """At least `letters` letters, and these 30 % of the characters or more."""
+  count = len(_LETTER.findall(text))
+  return count >= letters and 10 * count >= 3 * (len(text) - text.count(' '))
 
 
-def _find_loop(tokens, least, times):
-  """A run of tokens that fills the end of the text; the last round may be cut anywhere.
+def _find_loop(text, least, times):
+  """A run that fills the end of the text; the last round may be cut anywhere.
 
-  The last 4 tokens occur one period earlier, so every earlier place of theirs is a candidate; the
-  smallest period that reaches far enough is taken.
+  A loop's last 4 tokens occur one period earlier, so every earlier place of theirs gives a period
+  to try, the shortest first.
   """
-  size = len(tokens)
-  if size < least:
-    return None
-  tail = tokens[-4000:]
-  end = tail[-4:]
-  last = len(tail) - 4
+  end = text.rstrip()[-600:]
+  for period in range(1, 21 if len(end) >= 120 else 0):
+    part = end if ' ' in end[-period:] and not _LETTER.search(end[-period:]) else end[-120:]
+    if part[period:] == part[:-period] and len(part) >= (600 if part is end else 120) and (
+        part is end or _LETTER.search(part[-period:])):
+      return f'ends in a loop of {part[-period:]!r}, {len(part)} characters or more'
+  tail = _TOKEN.findall(text[-TAIL:])[-4000:]
+  end, last = tail[-4:], len(tail) - 4
   tried = 0
-  for start in range(last - 1, -1, -1):
+  for start in range(last - 1, -1, -1) if len(tail) >= least else ():
     if tail[start] != end[0] or tail[start:start + 4] != end:
       continue
     period = last - start
-    if period * times > len(tail) or tried == 50:
-      return None
     tried += 1
+    if period * times > len(tail) or tried > 50:
+      return None
     length = period
     while length < len(tail) and tail[-1 - length] == tail[-1 - length + period]:
       length += 1
     unit = tail[-period:]
     enough = max(least * (3 if period <= 2 else 1), period * times)
-    if length >= enough and _is_prose(unit, 1):
-      return (f'ends in a loop: {" ".join(unit)[:60]!r} {length // period} times '
-              f'({length / size:.0%} of the text)')
+    plain = any(token[0].isalpha() for token in unit)
+    if length >= enough and (plain or length >= 8 * period and len(set(unit)) >= 5):
+      return f'ends in a loop: {" ".join(unit)[:60]!r} {length // period} times'
   return None
 
 
 def _find_lines(text, share, times):
-  lines = text.split('\n')
-  if len(lines) < times:
+  if text.count('\n') + 1 < times:
     return None
-  masked = [re.sub(r'\d+', '0', line.strip()).casefold() for line in lines]
-  counts = Counter(line for line in masked if len(line) >= 16)
-  if not counts or counts.most_common(1)[0][1] < times:
+  lines = [line.strip() for line in text.split('\n')]
+  shapes = Counter(re.sub(r'\d+', '0', line) for line in lines if len(line) >= 16)
+  found = {line: count for line, count in shapes.items()
+           if count >= times and line.count(' ') >= 3 and _is_prose(line, 12)}
+  part = sum(len(line) * count for line, count in found.items()) / max(1, sum(map(len, lines)))
+  if part < share:
     return None
-  prose = {line for line, count in counts.items()
-           if count >= times and _is_prose(_TOKEN.findall(line), 4)}
-  again = sum(len(line) for line in masked if line in prose)
-  total = sum(map(len, masked))
-  if not prose or again < share * total:
-    return None
-  line = max(prose, key=counts.get)
-  return (f'{counts[line]} lines differ in numbers only: {line[:60]!r} '
-          f'({again / total:.0%} of the text)')
+  line = max(found, key=found.get)
+  return f'{found[line]} lines differ in numbers only: {line[:60]!r} ({part:.0%} of the text)'
 
 
-def _find_passages(text, tokens, share, window):
-  count = len(tokens) - window + 1
+def _find_passages(text, share, window, often):
+  words = _WORD.findall(text)
+  if 2 * sum(len(word) == 1 for word in words) > len(words):
+    window *= 2  # characters instead of words
+  count = len(words) - window + 1
   if count < 2 * window:
     return None
-  codes = np.fromiter(map(hash, tokens), np.int64, len(tokens)).astype(np.uint64)
+  codes = np.fromiter(map(hash, words), np.int64, len(words)).astype(np.uint64)
   hashes = np.zeros(count, np.uint64)
   for i in range(window):
     hashes = (hashes + codes[i:i + count]) * _MULTIPLIER
     hashes ^= hashes >> np.uint64(29)
-  _, first, inverse, counts = np.unique(hashes, return_index=True, return_inverse=True,
-                                        return_counts=True)
-  most = int(counts.max())
+  order = np.argsort(hashes, kind='stable')
+  changes = np.flatnonzero(np.diff(hashes[order])) + 1
+  groups = np.diff(np.concatenate([[0], changes, [count]]))
+  most = int(groups.max())
   if most < 3:
     return None
-  again = np.flatnonzero(first[inverse] != np.arange(count))
-  covered = np.zeros(len(tokens) + 1, np.int64)
-  np.add.at(covered, again, 1)
-  np.add.at(covered, again + window, -1)
-  words = [i for i in np.flatnonzero(np.cumsum(covered[:-1]) > 0).tolist()]
-  part = len(words) / len(tokens)
-  start = int(first[counts.argmax()])
-  passage = tokens[start:start + window]
-  if part < share * (2 if _is_verse(text) else 1) or not _is_prose(passage, window // 2):
+  first = np.concatenate([[0], changes])
+  again = np.ones(count, bool)
+  again[order[first]] = False
+  covered = np.convolve(again, np.ones(window, np.int64)) > 0
+  part = covered.mean()
+  least = share / 2 if most >= often else share
+  if part < least or part < 2 * least and _has_layout(text):
     return None
-  if not _is_prose([tokens[i] for i in words], window):
+  if not _is_prose(' '.join(words[i] for i in np.flatnonzero(covered)), 4 * window):
     return None
-  return (f'repeats a {window}-word passage {most} times ({part:.0%} of the text said before): '
-          f'{" ".join(passage)[:60]!r}')
+  start = order[first[groups.argmax()]]
+  passage = ' '.join(words[start:start + window])
+  return f'repeats a {window}-word passage {most} times ({part:.0%} said before): {passage[:60]!r}'
 
 
-def _is_verse(text):
-  """Eight lines or more, nine of ten shorter than 60 characters."""
+def _has_layout(text):
+  """Eight lines or more, of which nine of ten have under 60 bytes or half are indented."""
   lines = [line for line in text.split('\n') if line.strip()]
-  return len(lines) >= 8 and 10 * sum(len(line) < 60 for line in lines) >= 9 * len(lines)
+  short = sum(len(line.encode('utf-8', 'replace')) < 60 for line in lines)
+  inset = sum(line.startswith(('  ', '\t')) for line in lines)
+  return len(lines) >= 8 and (10 * short >= 9 * len(lines) or 2 * inset >= len(lines))
 
 
 def _find_redundancy(text, ratio, least):
   data = text.encode('utf-8', 'replace')
   if len(data) < least:
     return None
-  small = len(zlib.compress(data, 6)) / len(data)
-  if small >= ratio or not _is_prose(_TOKEN.findall(text[:4000]), 20):
+  small = len(zlib.compress(data, 1)) / len(data)
+  if small >= ratio or not _is_prose(text[:4000], 200):
     return None
   return f'compresses to {small:.1%} of its {len(data)} bytes'

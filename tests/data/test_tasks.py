@@ -74,6 +74,19 @@ def solve(kind, question):
     total = sum(int(a) * int(b) for a, b in re.findall(r'(\d+) \w+ at (\d+)', question))
     paid = re.search(r'pays with (\d+)', question)
     return str(int(paid[1]) - total if paid else total)
+  if kind == 'chain':
+    terms = re.findall(r'([+-]?) ?(\d+)', question)
+    return str(sum(-int(n) if sign == '-' else int(n) for sign, n in terms))
+  if kind == 'coin':
+    sides = ('heads', 'tails')
+    start = sides.index(re.search(r'heads|tails', question)[0])
+    return sides[(start + question.count('turns it over')) % 2]
+  if kind == 'path':
+    roads = dict(re.findall(r'([A-Z]) to ([A-Z])', question))
+    place = re.search(r'(?:Start at|get from) ([A-Z])', question)[1]
+    for _ in range(numbers[-1]):
+      place = roads[place]
+    return place
   way = re.search(r'(\d+) km (?!per)', question)
   speed, hours = re.search(r'(\d+) km per hour', question), re.search(r'(\d+) hours', question)
   if not way:
@@ -98,7 +111,8 @@ def test_every_equation_of_the_steps_holds(kind):
       for left, right in re.findall(r'(?<![\d.])(-?\d[\d +*/-]*) = (-?\d+)', text):
         assert eval(left) == int(right), text  # only digits and operators get here
         seen += 1
-  assert seen or kind in ('compare', 'reverse', 'count', 'alphabetize', 'sort', 'extreme', 'filter')
+  assert seen or kind in ('compare', 'reverse', 'count', 'alphabetize', 'sort', 'extreme', 'filter',
+                          'coin', 'path')
 
 
 def test_pure_function_of_its_arguments():
