@@ -9,6 +9,7 @@
 | N | query heads | | M | flattened tokens |
 | K | kv heads | | R | samples per prompt |
 | H | head width | | G | query heads per kv head |
+| U | rank of an adapter | | | |
 
 `q_BTNH` is an array over (B, T, N, H). The stacked-layers axis leads and is never in a name.
 """

@@ -80,14 +80,15 @@ class Spec:
         total += 3 * self.width * self.mlp
     return total
 
-  def flops_per_token(self, length):
+  def flops_per_token(self, length, frozen=False):
     """Useful training FLOPs (forward and backward) of one token in causal rows of `length`.
 
     6 for every weight that multiplies the token (the embedding is a look-up, the head is not), and
-    6 * length * N * H a layer for the lower triangle of QK' and PV.
+    6 * length * N * H a layer for the lower triangle of QK' and PV. With `frozen` weights (LoRA,
+    whose own few are not counted) 4 for every weight: no gradient of it is made.
     """
     matmul = self.parameters(active=True) - (0 if self.tied else self.vocab * self.width)
-    return 6 * matmul + 6 * self.layers * length * self.heads * self.head_width
+    return (4 if frozen else 6) * matmul + 6 * self.layers * length * self.heads * self.head_width
 
   @classmethod
   def named(cls, name):

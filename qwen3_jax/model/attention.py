@@ -3,9 +3,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen3_jax.kernels.attention import attention
-from qwen3_jax.kernels.linear import linear
 from qwen3_jax.mesh import constrain
 from qwen3_jax.model import rope
+from qwen3_jax.model.lora import project
 
 
 def rms_norm(x, scale, eps):
@@ -37,8 +37,8 @@ class Attention(nnx.Module):
     `context` is the `Context` that all layers of a forward pass share.
     """
     dtype = x_BTD.dtype
-    q_BTNH, k_BTKH, v_BTKH = (linear(x_BTD, w[...].astype(dtype))
-                              for w in (self.q_DNH, self.k_DKH, self.v_DKH))
+    q_BTNH, k_BTKH, v_BTKH = (project(self, weight, x_BTD)
+                              for weight in ('q_DNH', 'k_DKH', 'v_DKH'))
     if spec.qkv_bias:
       q_BTNH = q_BTNH + self.q_bias_NH[...].astype(dtype)
       k_BTKH = k_BTKH + self.k_bias_KH[...].astype(dtype)
@@ -54,4 +54,4 @@ class Attention(nnx.Module):
     else:
       kv = kv.extend(k_BTKH, v_BTKH, context.start)
       o_BTNH = kv.attend(q_BTNH, context)
-    return linear(o_BTNH, self.o_NHD[...].astype(dtype), 2), kv
+    return project(self, 'o_NHD', o_BTNH, 2), kv

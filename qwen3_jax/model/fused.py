@@ -75,7 +75,13 @@ class WideMoe(Moe):
 
 
 def fuse(block, spec, rows):
-  """The `Block` with fused weights, best where `rows` tokens are decoded at once."""
+  """The `Block` with fused weights, best where `rows` tokens are decoded at once.
+
+  Raises ValueError for a block with LoRA adapters: decoding wants them merged.
+  """
+  if hasattr(block.attention, 'lora'):
+    raise ValueError('fused weights would leave out LoRA: merge the adapters (`lora.merge`) before '
+                     'generation')
   block.attention = FusedAttention(block.attention, spec)
   if isinstance(block.mlp, Mlp):
     block.mlp = FusedMlp(block.mlp)

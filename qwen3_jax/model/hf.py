@@ -119,7 +119,7 @@ def name_leaves(tree):
 def keeps_float32(leaf):
   """Whether `transformer.cast` leaves this parameter in float32."""
   name = leaf.rpartition('.')[2]
-  return 'norm' in name or name == 'router_DE'
+  return 'norm' in name or name in transformer.FLOAT32
 
 
 def _check_match(folder, spec, stored, wanted):

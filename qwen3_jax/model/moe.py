@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec
 
 from qwen3_jax import mesh as alphabet
 from qwen3_jax.kernels import experts as kernel
-from qwen3_jax.kernels.linear import linear, swiglu
+from qwen3_jax.kernels.linear import swiglu
+from qwen3_jax.model.lora import project
 
 
 @struct.dataclass
@@ -33,8 +34,8 @@ class Mlp(nnx.Module):
 
   def __call__(self, x_BTD, spec, context, routes=None):
     """Returns (B, T, D), and None twice where a mixture has its balance and routes."""
-    gate, up, down = (w[...].astype(x_BTD.dtype) for w in (self.gate_DF, self.up_DF, self.down_FD))
-    return linear(swiglu(linear(x_BTD, gate), linear(x_BTD, up)), down), None, None
+    gate_BTF, up_BTF = (project(self, weight, x_BTD) for weight in ('gate_DF', 'up_DF'))
+    return project(self, 'down_FD', swiglu(gate_BTF, up_BTF)), None, None
 
 
 class Moe(nnx.Module):

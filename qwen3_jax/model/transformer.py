@@ -15,6 +15,7 @@ from qwen3_jax.model.moe import Balance, Mlp, Moe
 
 UNROLLED = 8  # layers; a shorter stack is no loop (XLA:CPU runs a loop's body on one thread)
 
+FLOAT32 = ('router_DE', 'reward_D')  # and the norms: parameters that are never rounded
 POLICIES = {  # what the backward pass finds saved; the rest of a layer is computed again
     'none': None,  # no recomputation
     'full': jax.checkpoint_policies.nothing_saveable,
@@ -189,10 +190,10 @@ def default_position(segment_BT, cache=None):
 
 
 def cast(params, dtype):
-  """Matrices in `dtype`; norms and routers keep float32, where they compute."""
+  """Matrices in `dtype`; norms, routers and a reward head keep float32, where they compute."""
   def one(path, w):
     name = str(getattr(path[-2], 'name', ''))
-    return w if 'norm' in name or name == 'router_DE' else w.astype(dtype)
+    return w if 'norm' in name or name in FLOAT32 else w.astype(dtype)
   return jax.tree_util.tree_map_with_path(one, params)
 
 

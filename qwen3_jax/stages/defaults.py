@@ -11,6 +11,9 @@ TINY = dict(
     moe=Spec(layers=4, width=128, heads=4, kv_heads=2, mlp=384, vocab=2048, head_width=32,
              tied=True, max_position=1024, stop_ids=(), experts=16, chosen=4, expert_mlp=96))
 
+# What the tiny models learn to reason about: problems that a few minutes suffice for.
+REASONING = 'tasks:kinds=chain+coin+path,difficulty=1-2'
+
 # Peak learning rate and rows of 4,096 tokens a step. Qwen's are unpublished (they come from scaling
 # laws that were not released); these are ours, in the range of comparable open runs, not measured.
 RECIPES = {'0.6b': (6e-4, 1024), '1.7b': (5e-4, 1024), '4b': (4e-4, 1024), '8b': (3e-4, 1024),
@@ -36,6 +39,10 @@ def pretraining(stage, arg, tokens):
       dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', micro_batches=1,
       balance=0.008 if spec.experts else None,  # global-batch weight (2501.11873): HF's 0.001 x 8
       router_z=0.001 if spec.experts else None,
+      # Adapters of a frozen model where a rank is given. With alpha 32 a good learning rate hardly
+      # depends on the rank, and is about ten times that of training all weights (Schulman et al.
+      # 2025, "LoRA Without Regret"). Targets None: see `model.lora.choose_targets`.
+      lora=dict(rank=None, alpha=32.0, targets=None),
       steps=tokens // (rows * 4096), save_every=1000, keep=3, evaluate_every=1000,
       data=dict(sources=None, heldout=(), batch=rows, length=4096, length_mix=None,
                 heldout_batches=8, tokenizer=None, tokenizer_size=2048 if small else None),
@@ -48,6 +55,46 @@ def pretraining(stage, arg, tokens):
   return config
 
 
+def supervised(stage, arg, tiny_steps):
+  """ConfigDict of supervised fine-tuning; `arg` as in `pretraining`.
+
+  A real size has the settings of Qwen2.5's fine-tuning (2412.15115, section 4.1): 2 epochs, rows of
+  32,768 tokens, learning rate 7e-6 to 7e-7, weight decay 0.1, gradients clipped at 1. Qwen3's own
+  are unpublished. Rows a step, and that the rate falls along a cosine, are ours.
+  """
+  config = pretraining(stage, arg, tokens=0)
+  small = config.model.layers == 4
+  config.method, config.model.rope_theta = 'sft', 1e6
+  config.epochs, config.steps = (None, tiny_steps) if small else (2, None)
+  config.data.update(dict(skip_bad=False, too_long='drop', keep_whole=64))
+  if small:
+    config.data.length, config.data.batch = 256, 4
+  else:
+    config.model.max_position = 40_960
+    config.data.length, config.data.batch = 32_768, 32
+    config.optim.update(dict(schedule='cosine', peak_lr=7e-6, warmup=50, final=0.1))
+  return config
+
+
 def _fields(spec):
   fields = dataclasses.asdict(spec)
   return fields | dict(mlp_only=tuple(spec.mlp_only), stop_ids=tuple(spec.stop_ids))
+
+
+def preference(stage, arg, method, **own):
+  """ConfigDict of training on pairs of answers, `own` being the loss's settings; `arg` as above.
+
+  The tiny form learns from generated pairs: problems solved right, and wrong.
+  """
+  config = pretraining(stage, arg, tokens=0)
+  small = config.model.layers == 4
+  config.method, config.model.rope_theta = method, 1e6
+  config.update(own)
+  del config.data.length_mix
+  config.data.update(dict(keep_whole=32, tokenizer_size=None, heldout_batches=16))
+  config.epochs, config.steps = 1, None
+  if small:
+    config.data.length, config.data.batch = 512, 8
+  else:
+    config.model.max_position = 40_960
+  return config

@@ -1,18 +1,21 @@
 """Models from where they lie: a Hugging Face folder, a run's workdir, a recipe's workdir."""
 import json
 import logging
+import os
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
 from qwen3_jax import mesh as alphabet
-from qwen3_jax.model import hf, transformer
+from qwen3_jax.model import hf, lora, transformer
 from qwen3_jax.spec import Spec, Yarn
 from qwen3_jax.text.tokenizer import Tokenizer
 from qwen3_jax.training import checkpoint
 
 log = logging.getLogger(__name__)
+
+BASE = 'base.json'  # in the workdir of a LoRA run: the model that its adapters belong to
 
 
 def spec_from(fields):
@@ -54,7 +57,7 @@ def load(folder, mesh=None, dtype=jnp.bfloat16):
   kind, folder = find(folder)
   if kind == 'hf':
     return hf.load(folder, mesh, dtype)
-  return _load_run(folder, spec_from(_read_config(folder)['model']), mesh, dtype)
+  return load_run(folder, spec_from(_read_config(folder)['model']), mesh, dtype)
 
 
 def load_model(folder, mesh=None, dtype=jnp.bfloat16):
@@ -64,8 +67,8 @@ def load_model(folder, mesh=None, dtype=jnp.bfloat16):
   return load(folder, mesh, dtype), tokenizer
 
 
-def load_params(folder, spec, mesh):
-  """float32 weights of `folder` for training a model of `spec`.
+def load_params(folder, spec, mesh, dtype=jnp.float32):
+  """Weights of `folder` for training a model of `spec` (norms and routers in float32 always).
 
   Shapes must agree; what is not in the shapes (rope theta, YaRN, lengths) is that of `spec`: this
   is how the long-context stage changes the base frequency. A warning says so for a Hugging Face
@@ -74,7 +77,7 @@ def load_params(folder, spec, mesh):
   """
   kind, folder = find(folder)
   if kind == 'run':
-    return _load_run(folder, spec, mesh, jnp.float32)
+    return load_run(folder, spec, mesh, dtype)
   theirs = Spec.from_hf(folder)
   if theirs.rope_theta != spec.rope_theta:
     log.warning('%s has a RoPE base of %s, this run trains with %s (config.model.rope_theta)',
@@ -85,14 +88,68 @@ def load_params(folder, spec, mesh):
     if getattr(theirs, field) != getattr(spec, field):
       raise ValueError(f'{folder} has {field} {getattr(theirs, field)}, config.model.{field} is '
                        f'{getattr(spec, field)}; choose the config of that size')
-  params = hf.load(folder, mesh, jnp.float32)
+  params = hf.load(folder, mesh, dtype)
   params.spec = spec
   return params
 
 
-def _load_run(folder, spec, mesh, dtype):
-  shapes = jax.eval_shape(lambda: transformer.cast(transformer.make(spec), dtype or jnp.float32))
+def load_run(folder, spec, mesh=None, dtype=jnp.float32, make=transformer.make,
+             restore=load_params):
+  """The model of a run's newest checkpoint; adapters are merged into the model they belong to.
+
+  `make(spec)` builds the model, `restore` (as in `stages.run.train`) reads what was adapted.
+  """
   mesh = mesh or alphabet.make_mesh(dict(fsdp=1), jax.local_devices()[:1])
-  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                          shapes, alphabet.shardings(shapes, mesh))
-  return checkpoint.restore_subtree(folder / 'checkpoints', 'params', abstract)
+  dtype = dtype or jnp.float32
+
+  def read(build):
+    shapes = jax.eval_shape(build)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                            shapes, alphabet.shardings(shapes, mesh))
+    return checkpoint.restore_subtree(folder / 'checkpoints', 'params', abstract)
+  if not base_folder(folder):
+    return read(lambda: transformer.cast(make(spec), dtype))
+  options = _read_config(folder)['lora']
+  adapters = read(lambda: lora.make(spec, **options, extra=lora.extra(make(spec))))
+  base = load_base(folder, spec, mesh, restore=restore)
+  layout = jax.tree.map(lambda w: w.sharding, base)
+  fold = jax.jit(lambda base, adapters: transformer.cast(lora.merge(base, adapters), dtype),
+                 out_shardings=layout)
+  return fold(base, adapters)
+
+
+def base_folder(workdir):
+  """Folder of the frozen model of a LoRA run that has a checkpoint; None of any other run."""
+  note = epath.Path(workdir) / BASE
+  if note.exists() and checkpoint.steps(note.parent / 'checkpoints'):
+    return json.loads(note.read_text())['folder']
+  return None
+
+
+def load_base(workdir, spec, mesh, dtype=jnp.float32, restore=load_params):
+  """The frozen model of the LoRA run in `workdir`, which must be the one that was adapted.
+
+  Raises FileNotFoundError where its folder is gone, ValueError where other weights lie there.
+  """
+  note = epath.Path(workdir) / BASE
+  known = json.loads(note.read_text())
+  try:
+    base = restore(known['folder'], spec, mesh, dtype)
+  except FileNotFoundError as e:
+    raise FileNotFoundError(f'{workdir} holds LoRA adapters of {known["folder"]}: {e}. If that '
+                            f'model was moved, put its new place into {note}') from e
+  found = lora.fingerprint(base)
+  if found != known['fingerprint']:
+    raise ValueError(f'{workdir} holds LoRA adapters of a model with fingerprint '
+                     f'{known["fingerprint"]}, {known["folder"]} now has another ({found}); put '
+                     f'the folder of the model that was adapted into {note}')
+  return base
+
+
+def note_base(workdir, folder, base):
+  """Writes down where the frozen model of a LoRA run lies, and its fingerprint."""
+  found = str(find(folder)[1])
+  place = found if '://' in found else os.path.abspath(found)
+  known = json.dumps(dict(folder=place, fingerprint=lora.fingerprint(base)), indent=2)
+  if jax.process_index() == 0:
+    (epath.Path(workdir) / BASE).write_text(known + '\n')

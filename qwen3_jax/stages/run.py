@@ -10,21 +10,23 @@ from jax.experimental import multihost_utils
 
 from qwen3_jax import mesh as alphabet
 from qwen3_jax.data import packing
-from qwen3_jax.model import transformer
+from qwen3_jax.model import lora, transformer
 from qwen3_jax.stages import load
-from qwen3_jax.training import fit, optim
+from qwen3_jax.training import fit, losses, optim
 from qwen3_jax.training import step as training
 from qwen3_jax.training.checkpoint import Checkpoints
 from qwen3_jax.training.metrics import Metrics
 
 
 def train(config, workdir, *, spec, loss, open_loader, heldout, make=transformer.make,
-          restore=load.load_params):
+          restore=load.load_params, report=losses.report):
   """Trains one stage in `workdir` up to `config.steps`, from its last checkpoint if it has one.
 
-  `loss(params, batch)` is the stage's loss (see `training.step.make_step`); `open_loader(mesh)`
-  gives its stream of batches (`data.packing.Loader`), `heldout(mesh)` {name: global batches}.
-  `make(spec, seed)` builds random weights, `restore(folder, spec, mesh)` those of `config.init`.
+  `loss(params, batch)` and `report(sums)` are the stage's (see `training.step.make_step`);
+  `open_loader(mesh)` gives its stream of batches (`data.packing.Loader`), `heldout(mesh)` {name:
+  global batches}.
+  `make(spec, seed)` builds random weights, `restore(folder, spec, mesh, dtype)` those of
+  `config.init` (float32 without `dtype`). With `config.lora.rank` adapters alone are trained.
   """
   mesh = alphabet.make_mesh({axis: size for axis, size in config.mesh.items() if size})
   o = config.optim
@@ -32,19 +34,25 @@ def train(config, workdir, *, spec, loss, open_loader, heldout, make=transformer
   rate = optim.schedule(o.schedule, o.peak_lr, config.steps, o.warmup, o.final, o.decay)
   with (jax.set_mesh(mesh), contextlib.closing(open_loader(mesh)) as loader,
         contextlib.closing(Checkpoints(workdir / 'checkpoints', config.keep)) as checkpoints):
-    evaluate = fit.evaluator(loss, heldout(mesh))
+    options, frozen, flops = dict(config.lora), (), spec.flops_per_token(config.data.length)
+    if options['rank'] is not None:
+      loss, make, *frozen = adapt(config, workdir, spec, mesh, loss, make, restore)
+      restore, flops = None, spec.flops_per_token(config.data.length, frozen=True)
+    evaluate = fit.evaluator(loss, heldout(mesh), report, frozen)
     if checkpoints.latest() is None:
       state = first_state(config, spec, optimizer, mesh, make, restore)
     else:
       state = resume(config, spec, optimizer, mesh, make, checkpoints, loader)
-    step = training.make_step(loss, optimizer, rate, config.micro_batches)
+    step = training.make_step(loss, optimizer, rate, config.micro_batches, report)
     out = jax.tree.map(lambda x: x.sharding, state), None
-    step = jax.jit(step, donate_argnums=0, out_shardings=out)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=out)
+
+    def step(state, batch):
+      return compiled(state, batch, *frozen)
 
     def draw(params, number):
       return alphabet.to_global(next(loader), loader.rows, loader.batch, mesh)
-    with Metrics(workdir, config.steps, config.stage, int(state.step),
-                 spec.flops_per_token(config.data.length)) as metrics:
+    with Metrics(workdir, config.steps, config.stage, int(state.step), flops) as metrics:
       return fit.fit(state, step, draw, steps=config.steps, checkpoints=checkpoints,
                      metrics=metrics, cursor=lambda: gather_cursor(loader.state()),
                      config=config.to_dict(), save_every=config.save_every, evaluate=evaluate,
@@ -52,10 +60,41 @@ def train(config, workdir, *, spec, loss, open_loader, heldout, make=transformer
 
 
 def first_state(config, spec, optimizer, mesh, make, restore):
-  """TrainState at step 0: random, or the weights of `config.init`."""
-  if config.init:
+  """TrainState at step 0: random, or the weights of `config.init` where there is a `restore`."""
+  if config.init and restore:
     return training.state_from(restore(config.init, spec, mesh), optimizer, mesh)
   return training.initial_state(functools.partial(make, spec, config.seed), optimizer, mesh)
+
+
+def adapt(config, workdir, spec, mesh, loss, make, restore):
+  """What a LoRA run trains instead: its loss(adapters, batch, base), its `make`, and the base.
+
+  The frozen base lies in the compute type, sharded as weights are, and is an argument of the loss.
+  Where it came from is noted in `workdir` with its fingerprint (`load.note_base`), so that the run
+  continues, and is loaded, on the same weights. What `make` gives beyond a `Qwen3`'s own parameters
+  (a reward model's head) is trained whole.
+  """
+  options = dict(config.lora)
+  targets = lora.choose_targets(spec, **options)
+  if not config.init:
+    raise ValueError('config.lora.rank is set, but there is no model to adapt: give one with '
+                     '--init=DIR')
+  dtype = compute_dtype(config)
+  if load.base_folder(workdir):
+    base = load.load_base(workdir, spec, mesh, dtype, restore)
+  else:
+    base = restore(config.init, spec, mesh, dtype)
+    load.note_base(workdir, config.init, base)
+
+  def make_adapters(spec, seed=0):
+    return lora.make(spec, **options, seed=seed, extra=lora.extra(make(spec, seed)))
+
+  def adapted(adapters, batch, base):
+    return loss(lora.attach(base, adapters), batch)
+  count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: make_adapters(spec))))
+  print(f'LoRA of rank {options["rank"]} on {", ".join(targets)}: training {count:,} parameters, '
+        f'{spec.parameters():,} frozen', flush=True)
+  return adapted, make_adapters, base
 
 
 def resume(config, spec, optimizer, mesh, make, checkpoints, loader):

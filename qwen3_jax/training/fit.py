@@ -1,6 +1,10 @@
 """The one training loop: draw, step, report, evaluate, save."""
+import functools
+import operator
+
 import jax
 
+from qwen3_jax.training import losses
 from qwen3_jax.training.preemption import Preemption
 
 PATIENCE = 5  # updates in a row that may be skipped as not finite
@@ -53,14 +57,23 @@ def _stop_if_diverged(line):
         'were skipped. Lower config.optim.peak_lr, or look at the data of these steps')
 
 
-def evaluator(loss, batches):
-  """`evaluate(params) -> {name: mean nll}` over the fixed batches (global arrays) of each name."""
-  @jax.jit
-  def one(params, batch):
-    return loss(params, batch)[1]
+def evaluator(loss, batches, report=losses.report, frozen=()):
+  """`evaluate(params) -> values` over the fixed batches (global arrays) of each name.
 
-  def mean(params, batches):
-    sums = [one(params, batch) for batch in batches]
-    nll, weight = (float(sum(s[name] for s in sums)) for name in ('nll', 'weight'))
-    return nll / max(weight, 1)
-  return lambda params: {name: mean(params, each) for name, each in batches.items()}
+  `report` is that of the step (see `step.make_step`). Its `loss` bears the name of the batches,
+  its other values `<name less _loss>_<value>`. `loss(params, batch, *frozen)`: as for the step.
+  """
+  @jax.jit
+  def one(params, batch, *frozen):
+    return loss(params, batch, *frozen)[1]
+
+  def values(params, name, batches):
+    sums = functools.reduce(functools.partial(jax.tree.map, operator.add),
+                            [one(params, batch, *frozen) for batch in batches])
+    return {name if key == 'loss' else f'{name.removesuffix("_loss")}_{key}': value
+            for key, value in report(sums).items()}
+
+  def evaluate(params):
+    return {key: value for name, each in batches.items() if each
+            for key, value in values(params, name, each).items()}
+  return evaluate

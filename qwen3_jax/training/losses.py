@@ -20,14 +20,25 @@ def next_token(params, batch, *, remat='none', dtype=None, balance=0.0, router_z
   weight_BT = jnp.roll(batch['weight_BT'], -1, axis=1).at[:, -1].set(0)
   nll = head.cross_entropy(out.hidden_BTD, params.head(), target_BT, weight_BT)
   loss, sums = nll / batch.get('total_weight', 1), dict(nll=nll, weight=weight_BT.sum())
-  if out.balance is not None:
-    count_LE, probability_LE = out.balance.count_E, out.balance.probability_E
-    tokens = batch.get('total_tokens', 1)
-    term = balance_loss(count_LE + batch.get('count_LE', 0), probability_LE, tokens).mean()
-    z = out.balance.z.mean() / tokens
-    loss = loss + balance * term + router_z * z
-    sums |= dict(router_z=z, count_LE=count_LE, probability_LE=probability_LE)
-  return loss, sums
+  term, more = expert_terms(out, batch, balance, router_z)
+  return loss + term, sums | more
+
+
+def expert_terms(out, batch, balance, router_z):
+  """What a mixture of experts adds to any loss, and its sums; (0, {}) for a dense model."""
+  if out.balance is None:
+    return 0.0, {}
+  count_LE, probability_LE = out.balance.count_E, out.balance.probability_E
+  tokens = batch.get('total_tokens', 1)
+  term = balance_loss(count_LE + batch.get('count_LE', 0), probability_LE, tokens).mean()
+  z = out.balance.z.mean() / tokens
+  return (balance * term + router_z * z,
+          dict(router_z=z, count_LE=count_LE, probability_LE=probability_LE))
+
+
+def report(sums):
+  """Values of a step or an evaluation from the sums of `next_token` over all its batches."""
+  return dict(loss=sums['nll'] / sums['weight'])
 
 
 def balance_loss(count_E, probability_E, tokens):

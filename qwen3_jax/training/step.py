@@ -41,16 +41,20 @@ def state_of(params, optimizer):
   return TrainState(zero, params, optimizer.init(params), zero, zero)
 
 
-def make_step(loss, optimizer, lr, micro_batches=1):
-  """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+def make_step(loss, optimizer, lr, micro_batches=1, report=losses.report):
+  """`step(state, batch, *frozen) -> (state, metrics)`, to be jitted with the state donated.
 
-  `loss(params, batch) -> (share, sums)`: see `losses.next_token`. The global batch is cut into
-  `micro_batches` along its rows and their gradients added.
+  `loss(params, batch, *frozen) -> (share, sums)`: see `losses.next_token`. `frozen` are weights
+  that no gradient is taken of (LoRA's base). The global batch is cut into `micro_batches` along
+  its rows and their gradients and sums added; `report(sums)` gives the values of the whole step,
+  `loss` among them.
   """
-  def step(state, batch):
+  def step(state, batch, *frozen):
     totals = dict(total_weight=_targets(batch['weight_BT']).sum(),
                   total_tokens=(batch['segment_BT'] > 0).sum().astype(jnp.float32))
-    value, sums, grads = _accumulate(loss, state.params, batch, totals, micro_batches)
+    if 'pair_BC' in batch:
+      totals['total_pairs'] = batch['pair_BC'].sum()
+    value, sums, grads = _accumulate(loss, state.params, batch, totals, micro_batches, frozen)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, opt = optimizer.update(grads, state.opt, state.params)
@@ -61,7 +65,7 @@ def make_step(loss, optimizer, lr, micro_batches=1):
     skip = 1 - finite.astype(jnp.int32)
     state = TrainState(state.step + 1, params, opt, state.skipped + skip,
                        (state.streak + skip) * skip)
-    return state, dict(loss=sums.pop('nll') / totals['total_weight'], grad_norm=norm, lr=rate,
+    return state, dict(**report(sums), grad_norm=norm, lr=rate,
                        tokens=totals['total_weight'], skipped=state.skipped, streak=state.streak,
                        **_expert_load(sums, totals['total_tokens']))
   return step
@@ -84,23 +88,23 @@ def _expert_load(sums, tokens):
               expert_peak=jnp.max(count_LE.max(-1) / jnp.maximum(count_LE.mean(-1), 1e-9)))
 
 
-def _accumulate(loss, params, batch, totals, micro_batches):
+def _accumulate(loss, params, batch, totals, micro_batches, frozen):
   """Loss, metric sums and gradients of the whole batch, summed over its micro-batches."""
   grad = jax.value_and_grad(loss, has_aux=True)
   spec = params.spec
   counts = jnp.zeros((sum(map(spec.sparse, range(spec.layers))), spec.experts))
   if micro_batches == 1:
-    (value, sums), grads = grad(params, batch | totals | dict(count_LE=counts))
+    (value, sums), grads = grad(params, batch | totals | dict(count_LE=counts), *frozen)
     return value, sums, grads
   parts = {name: _rows_in_parts(x, micro_batches, name) for name, x in batch.items()}
 
   def visit(carry, part):
     part = part | totals | dict(count_LE=carry[1].get('count_LE', counts))
-    (value, sums), grads = grad(params, part)
+    (value, sums), grads = grad(params, part, *frozen)
     return jax.tree.map(jnp.add, carry, (value, sums, grads)), None
 
   first = jax.tree.map(lambda x: x[0], parts) | totals | dict(count_LE=counts)
-  (value, sums), grads = jax.eval_shape(grad, params, first)
+  (value, sums), grads = jax.eval_shape(grad, params, first, *frozen)
   zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, sums, grads))
   return jax.lax.scan(visit, zero, parts)[0]
 
