@@ -53,7 +53,7 @@ def find_guess(reasoning, answer, least=8, share=0.1, tail=0.3):
   return None
 
 
-def find_inconsistency(reasoning, content, agree=math.agree):
+def find_inconsistency(reasoning, content, same=math.same):
   """None, or how the stated conclusion of `reasoning` differs from the answer in `content`.
 
   Passes where the reasoning states none (`\\boxed{}`, `answer is`, `####`) or the content has none.
@@ -62,7 +62,7 @@ def find_inconsistency(reasoning, content, agree=math.agree):
   final = math.extract(content)
   if not concluded or not final or len(concluded) > 200:
     return None
-  if agree(final, concluded) or agree(concluded, final):
+  if same(final, concluded) or same(concluded, final):
     return None
   return f'the reasoning concludes {concluded[:60]!r}, the answer says {final[:60]!r}'
 
@@ -131,8 +131,8 @@ _AND_ALSO = re.compile(
   r'|(?:^|[.?!]\s+)also,? (?:find|determine|compute|calculate|explain|prove|show)\b',
   re.IGNORECASE | re.MULTILINE)
 # Where an instruction begins: at a sentence's start or after a request.
-_START = (r'(?:(?:^|[.!?:;]["”)]?\s+|\b(?:please|can you|could you|i want you to|'
-          r'your task is to|you (?:must|should|will|need to|have to))\s+)(?:now |then |also |first )?)')
+_START = (r'(?:(?:^|[.!?:;]["”)]?\s+|\b(?:please|can you|could you|i want you to|your task is to|'
+          r'you (?:must|should|will|need to|have to))\s+)(?:now |then |also |first )?)')
 _PROOF = re.compile(
   rf'{_START}(?:(?:dis)?prove|show|verify|demonstrate|justify)\s+(?:that|whether|why|it|this|'
   r'for all|your|the (?:following|statement|identity|inequality|theorem))\b'

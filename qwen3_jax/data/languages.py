@@ -140,7 +140,7 @@ def _identifier():
 
 
 def identify(text):
-  """(ISO 639 code, probability) of the language of `text`; its first 400 characters are looked at."""
+  """(ISO 639 code, probability) of the language of the first 400 characters of `text`."""
   words = _LATIN_WORD.findall(text[:CHARACTERS].lower()) if text.isascii() else ()
   if len(words) >= 12 and 4 * sum(word in _ENGLISH for word in words) >= len(words):
     return 'en', 1.0

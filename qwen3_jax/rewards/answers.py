@@ -4,8 +4,9 @@ import re
 
 _BOXED = re.compile(r'\\(?:boxed|fbox)(?![a-zA-Z])\s*')
 _STATED = re.compile(
-  r'(?:\banswers?\s*(?:is|are|was|would be|to be|=|:)|\banswer\s*\n|答案(?:是|为|為|：|:)|####'
-  r'|最终结果(?:是|为)|\banswer of)\s*:?\s*', re.IGNORECASE)
+  r'(?:\b(?:the|final|our|my|correct|your|so|,) (?:final |correct )?answers? (?:is|are|was|would be|to '
+  r'be|=|:)|(?:^|[*#]\s*|\bfinal )answer(?:\*\*)?(?: is|:|\s*=|\s*\n)|答案(?:是|为|為|：|:)|####'
+  r'|最终结果(?:是|为))\s*:?\s*', re.IGNORECASE | re.MULTILINE)
 _MATHS = re.compile(r'\$\$(.+?)\$\$|\$([^$\n]+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]', re.DOTALL)
 _BOLD = re.compile(r'\*\*([^*\n]{1,80})\*\*')
 _NUMBER = re.compile(

@@ -8,7 +8,7 @@ from fractions import Fraction
 from qwen3_jax.rewards import answers, exact, worker
 from qwen3_jax.rewards.answers import extract
 
-__all__ = ['agree', 'extract']
+__all__ = ['agree', 'extract', 'same']
 LENGTH = 2000
 
 
@@ -23,14 +23,22 @@ def agree(prediction, reference, kind=None, deadline=1.0):
   """
   if kind not in (None, 'choice', 'text'):
     raise ValueError(f"kind must be None, 'choice' or 'text', got {kind!r}")
-  answer = extract(prediction)
   wanted = answers.find_boxed(reference)
   wanted = (extract(reference) if wanted is None and '####' in reference else wanted) or reference
-  if answer is None or not wanted.strip() or len(answer) > LENGTH or len(wanted) > LENGTH:
+  answer = extract(prediction)
+  if answer is None:
     return False
-  choice = answers.find_choice(wanted) if kind in (None, 'choice') else None
-  if choice and (kind == 'choice' or len(answers.plain(wanted)) == 1):
-    return (answers.find_choice(answer) or answers.find_choice(prediction[-500:])) == choice
+  letter = answers.find_choice(wanted) if kind in (None, 'choice') else None
+  if letter and (kind == 'choice' or len(answers.plain(wanted)) == 1):
+    return (answers.find_choice(answer) or answers.find_choice(prediction[-500:])) == letter
+  bare = '\n' not in prediction and len(prediction) <= 300 and _spell(prediction) == _spell(wanted)
+  return bare or same(answer, wanted, kind, deadline)
+
+
+def same(answer, wanted, kind=None, deadline=1.0):
+  """`agree` for two answers that are already extracted."""
+  if not wanted.strip() or len(answer) > LENGTH or len(wanted) > LENGTH:
+    return False
   if _spell(answer) == _spell(wanted):
     return True
   if kind == 'text' or not _FORMULA.search(wanted):
