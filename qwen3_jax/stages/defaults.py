@@ -66,7 +66,7 @@ def supervised(stage, arg, tiny_steps):
   small = config.model.layers == 4
   config.method, config.model.rope_theta = 'sft', 1e6
   config.epochs, config.steps = (None, tiny_steps) if small else (2, None)
-  config.data.update(dict(skip_bad=False, too_long='drop', keep_whole=64))
+  config.data.update(dict(skip_bad=False, too_long='drop', keep_whole=32))
   if small:
     config.data.length, config.data.batch = 256, 4
   else:
