@@ -1,4 +1,4 @@
-"""Pipelines that make training data: cold_start, rl, text, chat and synthetic."""
+"""Pipelines that make training data; with `,tiny` for the tiny model and generated tasks."""
 import inspect
 
 from ml_collections import ConfigDict
@@ -12,8 +12,11 @@ STAGES = dict(
   rl=('read', 'verifiable', 'deduplicate', 'decontaminate', 'pass_rate', 'band'),
   text=('read', 'rules', 'deduplicate', 'decontaminate'),
   chat=('read', 'rules', 'deduplicate', 'decontaminate'),
+  plain=('read', 'checklist', 'rules', 'deduplicate', 'decontaminate'),
+  rejection=('read', 'candidates', 'responses', 'decontaminate'),
   synthetic=('read', 'synthesise', 'rules', 'deduplicate', 'decontaminate', 'annotate'))
-KINDS = dict(cold_start='query', rl='query', text='text', chat='chat', synthetic='any')
+KINDS = dict(cold_start='query', rl='query', text='text', chat='chat', plain='chat',
+             rejection='query', synthetic='any')
 
 
 def defaults(rule):
@@ -28,13 +31,17 @@ def get_config(arg):
 
   The exception is decontamination: 13 tokens and 0.6 of the shorter text (Qwen2 report, 3.1).
   """
-  arg = arg or 'cold_start'
-  if arg not in STAGES:
-    raise ValueError(f'config argument {arg!r}: want {", ".join(STAGES)}')
+  arg, *options = arg.split(',') if arg else ['cold_start']
+  if arg not in STAGES or options not in ([], ['tiny']):
+    given = ','.join([arg, *options])
+    raise ValueError(f'config argument {given!r}: want {", ".join(STAGES)}, and perhaps ,tiny')
   prompt = '{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}.'
   # None: a model in memory uses the Qwen3 report's settings of the mode, an endpoint its own.
   sampling = dict(temperature=None, top_k=None, top_p=None, min_p=None, presence_penalty=None,
                   max_tokens=None, seed=None)
+  if options:
+    prompt = '{question}'
+    sampling |= dict(temperature=0.6, top_k=20, top_p=0.95, max_tokens=160)
   return ConfigDict(dict(
     stages=STAGES[arg], skip=(), workers=None, patience=64,
     engine=dict(rows=64, thinking_budget=None),
@@ -44,6 +51,7 @@ def get_config(arg):
     solvable=dict(model='judge', tries=4, right=1, prompt=prompt, sampling=dict(sampling), batch=64),
     annotate=dict(model='annotator', characters=4000, tries=3, least_education=None,
                   safe_only=arg == 'synthetic', batch=64, domains=annotate.DOMAINS),
+    checklist=dict(model='judge', least=0.8, tries=3, batch=64),
     balance=dict(cap=20_000, seed=0, field='domain'),
     candidates=dict(model='generator', n=4, prompt=prompt, sampling=dict(sampling), batch=64),
     responses=dict(thinking=True, keep=None),

@@ -1,11 +1,13 @@
 """From a config's list of names to the stages of a pipeline, with their options and models."""
+import collections
 import functools
 
-from qwen3_jax.stages import annotate, candidates, queries, records, rules, synthesis
+from qwen3_jax.data import duplicates
+from qwen3_jax.stages import annotate, candidates, checklist, queries, records, rules, synthesis
 from qwen3_jax.stages.curate import Stage
 
 # Which stages ask a model: `config.<stage>.model` says which one, generator, judge or annotator.
-ASKING = ('judge', 'solvable', 'annotate', 'candidates', 'pass_rate', 'synthesise')
+ASKING = ('judge', 'solvable', 'annotate', 'candidates', 'pass_rate', 'synthesise', 'checklist')
 
 
 def make_stages(config, specs, open_model):
@@ -25,6 +27,8 @@ def make_stages(config, specs, open_model):
   for name in names:
     if name in ASKING and not (name == 'candidates' and config.read.solutions):
       role = config[name].model
+      if role is None:  # a checklist may do with rules alone
+        continue
       if not specs.get(role):
         raise ValueError(f'stage {name} needs a model: give --{role}=DIR or URL, or leave the '
                          f'stage out with --skip={name}')
@@ -63,7 +67,10 @@ def _sampling(own):
   return own | dict(sampling=Sampling(**{k: v for k, v in fields.items() if v is not None}))
 
 
+# What a stage would refuse when it begins is refused here: before any work.
+
 def _read(config, own):
+  records.begin_reading(None, **own)
   return dict(begin=functools.partial(records.begin_reading, **own), raw=True, parallel=True)
 
 
@@ -94,10 +101,12 @@ def _rules(config, own):
 
 
 def _deduplicate(config, own):
+  duplicates.Deduplicator(**own)
   return dict(begin=functools.partial(rules.begin_deduplicating, **own))
 
 
 def _decontaminate(config, own):
+  collections.deque(rules.read_tests(own['tests']), 0)
   return dict(begin=functools.partial(rules.begin_decontaminating, **own), parallel=True)
 
 
@@ -118,11 +127,16 @@ def _begin_responses(folder, keep, **options):
   return candidates.begin_responses(folder, rules.Faults(**options), keep)
 
 
+def _checklist(config, own):
+  return dict(begin=functools.partial(checklist.begin_checklist, **own))
+
+
 def _pass_rate(config, own):
   return dict(begin=functools.partial(candidates.begin_pass_rate, **_sampling(own)))
 
 
 def _band(config, own):
+  records.Rows(own['used'])
   return dict(begin=functools.partial(candidates.begin_band, **own))
 
 
@@ -138,5 +152,6 @@ MAKERS = dict(
   deduplicate=(_deduplicate, ('deduplicate',)), decontaminate=(_decontaminate, ('decontaminate',)),
   candidates=(_candidates, ('candidates',)),
   responses=(_responses, ('responses', 'repetition', 'languages', 'guess', 'similar')),
-  pass_rate=(_pass_rate, ('pass_rate',)), band=(_band, ('band',)),
+  checklist=(_checklist, ('checklist',)), pass_rate=(_pass_rate, ('pass_rate',)),
+  band=(_band, ('band',)),
   synthesise=(_synthesise, ('synthesise',)))

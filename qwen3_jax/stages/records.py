@@ -90,7 +90,7 @@ def _make(spec, offset, line):
   for i in range(offset, len(source)):
     made = source.task(i)
     record = dict(kind=made.kind, seed=made.seed, difficulty=made.difficulty,
-                  question=made.question, answer=made.answer)
+                  question=made.question, answer=made.answer, steps='\n'.join(made.steps))
     yield i + 1, i + 1, json.dumps(record).encode()
 
 
@@ -155,9 +155,13 @@ def begin_reading(_, kind='any', solutions=False):
   with an answer or a \\boxed one; with `solutions` the given solution becomes the one candidate.
   'chat': conversation records, whatever form they have. 'text': {'text'}. 'any': objects as they
   are. Each gets an 'id' and a 'source' where it has none. Refused lines keep their beginning.
+  Raises ValueError for another kind.
   """
-  convert = dict(query=functools.partial(_query, solutions=solutions), chat=_chat, text=_text,
-                 any=lambda record: [record])[kind]
+  kinds = dict(query=functools.partial(_query, solutions=solutions), chat=_chat, text=_text,
+               any=lambda record: [record])
+  if kind not in kinds:
+    raise ValueError(f'no kind {kind!r} of records; there are: {", ".join(kinds)}')
+  convert = kinds[kind]
 
   def decide(rows):
     return [decision for row in rows for decision in _read_row(convert, *row)]
@@ -190,18 +194,26 @@ def _query(record, solutions):
     solution = f'{solution}The answer is {answer.strip()}.'
   if answer is None and isinstance(solution, str):
     answer = answers.find_boxed(solution)
+  reasoning = record.get('steps') or ''
+  if reasoning:
+    solution = f'The answer is {answer}.'
   kept = {key: value for key, value in record.items()
-          if key not in ('question', 'problem', 'answer', 'solution')}
+          if key not in ('question', 'problem', 'answer', 'solution', 'steps')}
   kept = {key: kept[key] for key in ('id', 'source') if key in kept} | dict(question=question) | (
     {} if answer is None else dict(answer=str(answer).strip())) | kept
   if solutions:
     if not isinstance(solution, str) or not solution.strip():
       raise ValueError("no solution: wanted one in 'solution', or before '#### ' in 'answer'")
-    kept['candidates'] = [dict(reasoning='', content=solution.strip(), finish_reason='stop')]
+    kept['candidates'] = [dict(reasoning=reasoning, content=solution.strip(),
+                               finish_reason='stop')]
   return [kept]
 
 
 def _chat(record):
+  if 'steps' in record:  # a generated task
+    answer = dict(role='assistant', content=f'The answer is {record["answer"]}.',
+                  reasoning_content=record['steps'])
+    record = record | dict(messages=[dict(role='user', content=record['question']), answer])
   found = chat_formats.normalise(record)
   return found if isinstance(found, list) else [found]
 

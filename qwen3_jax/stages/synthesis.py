@@ -51,22 +51,30 @@ def begin_writing(_, model, kinds=tuple(TEMPLATES), characters=3000, sampling=No
   responder = model()
 
   def decide(records):
-    wanted = [(record, kind) for record in records for kind in record.get('forms', kinds)]
+    decisions, wanted = [], []
+    for record in records:
+      if find_seed(record):
+        wanted += [(record, kind) for kind in record.get('forms', kinds)]
+      else:
+        decisions.append(Reject(record, 'no seed', f'the record has {", ".join(record)}; wanted '
+                                'text or topic'))
     answers = responder.respond(
       [[dict(role='user', content=ask_for(record, kind, characters))] for record, kind in wanted],
-      1, sampling, enable_thinking)
-    return [_judge(*each, answer) for each, answer in zip(wanted, answers)]
+      1, sampling, enable_thinking) if wanted else []
+    return decisions + [_judge(*each, answer) for each, answer in zip(wanted, answers)]
   return decide
 
 
-def ask_for(record, kind, characters=3000):
-  """The request for a document of `kind` from a seed; ValueError where the record is none."""
+def find_seed(record):
+  """What a record gives to write about: its text, topic or question, or None."""
   seed = record.get('text') or record.get('topic') or record.get('question')
-  if not isinstance(seed, str) or not seed.strip():
-    raise ValueError(f'record {record.get("id")} is no seed: it has {", ".join(record)}; wanted '
-                     "'text' or 'topic'")
+  return seed if isinstance(seed, str) and seed.strip() else None
+
+
+def ask_for(record, kind, characters=3000):
+  """The request for a document of `kind`; of a long seed the first `characters` are shown."""
   head = FROM_TOPIC if 'topic' in record and 'text' not in record else FROM_TEXT
-  return fill(head, dict(seed=seed[:characters])) + TEMPLATES[kind]
+  return fill(head, dict(seed=find_seed(record)[:characters])) + TEMPLATES[kind]
 
 
 def _judge(record, kind, answer):

@@ -129,6 +129,13 @@ print('done')
 """
 
 
+def is_running(pid):
+  try:
+    return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
+  except FileNotFoundError:
+    return False
+
+
 @pytest.mark.parametrize('workers', [1, 2])
 def test_killed_at_any_moment_it_ends_in_the_same_files(numbers, tmp_path, workers):
   (tmp_path / 'test_curate_stages.py').write_text(
@@ -141,18 +148,23 @@ def test_killed_at_any_moment_it_ends_in_the_same_files(numbers, tmp_path, worke
     process = subprocess.Popen([sys.executable, '-c', code], cwd=REPO, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     try:
-      if kills < 4:
+      if kills < 3:
         deadline = time.monotonic() + 20
         while not list((tmp_path / 'cut').glob('*/progress.json')) and process.poll() is None:
           assert time.monotonic() < deadline
           time.sleep(0.01)
-      out, err = process.communicate(timeout=draw.uniform(0.4, 1.2) if kills < 4 else 60)
+      out, err = process.communicate(timeout=draw.uniform(0.4, 1.2) if kills < 3 else 60)
       assert process.returncode == 0, err
       break
     except subprocess.TimeoutExpired:
+      children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
       process.send_signal(signal.SIGKILL)
       process.communicate()
       kills += 1
+      deadline = time.monotonic() + 20
+      while any(map(is_running, children)):  # none outlives it
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
   assert kills >= 2 and 'done' in out
   run(STAGES, [numbers], tmp_path / 'whole')
   assert contents(tmp_path / 'cut') == contents(tmp_path / 'whole')
