@@ -6,8 +6,8 @@ normalised words, numbers and operators (`tokenise`), so that spacing, case, pun
 ways to write one LaTeX formula do not hide an item. Two additions make the rule work on short
 questions. Boilerplate (phrases that several unrelated test items share, and `PHRASES`) counts in
 neither |L| nor |t| nor |e|, unless L is all of t or e. And below 13 tokens, where the rule is
-silent, an item counts as found if it is in t whole (from `short` tokens on), if t is at least
-`short` tokens of it and 60 % of it, or if both are equal (from `least` tokens on).
+silent, an item counts as found if it is in t whole (from `short` tokens on, with a number in it
+from `least` on), or if t is 60 % of it in a row (from `least` tokens on).
 """
 
 import dataclasses
@@ -96,17 +96,19 @@ def _hash_windows(codes, width):
 
 @dataclasses.dataclass
 class _Table:
-  """Sorted hashes and, for each, the place it stands for."""
+  """Sorted hashes of runs of `width` tokens and, for each, where in the items it starts."""
+  width: int
   keys: np.ndarray
   places: np.ndarray
 
   @classmethod
-  def build(cls, keys, places):
+  def build(cls, width, keys, places):
     order = np.argsort(keys, kind='stable')
-    return cls(keys[order], places[order])
+    return cls(width, keys[order], places[order])
 
-  def find(self, hashes, most):
-    """(index into `hashes`, place) for each occurrence; of one hash at most `most`."""
+  def find(self, codes, most=64):
+    """(index into `codes`, place) of each common run; of one run at most `most` places."""
+    hashes = _hash_windows(codes, self.width)
     first = np.searchsorted(self.keys, hashes)
     inside = np.minimum(first, len(self.keys) - 1)
     for i in np.flatnonzero(self.keys[inside] == hashes) if len(self.keys) else ():
@@ -115,16 +117,23 @@ class _Table:
       for place in self.places[j:last].tolist():
         yield int(i), place
 
+  def find_rarest(self, codes):
+    """The occurrences of the run of `codes` that has fewest, as by `find`."""
+    hashes = _hash_windows(codes, self.width)
+    first, last = (np.searchsorted(self.keys, hashes, side) for side in ('left', 'right'))
+    i = int((last - first).argmin())
+    return [(i, place) for place in self.places[first[i]:last[i]].tolist()]
+
 
 class Index:
-  """Test items, by hashes of their runs of 13 (and `short`) tokens; every hit is checked exactly.
+  """Test items, by hashes of their runs of 13 (and `least`) tokens; every hit is checked exactly.
 
   `texts` are (id, text) pairs; memory is about 60 bytes a token of them. `shared` unrelated items
   make a run of `gram` tokens boilerplate; items with half of their runs in common are related.
   """
 
-  def __init__(self, texts, boilerplate=PHRASES, run=RUN, share=SHARE, short=8, least=4, gram=6,
-               shared=3):
+  def __init__(self, texts, boilerplate=PHRASES, run=RUN, share=SHARE, short=8, least=4,
+               gram=6, shared=3):
     self.run, self.share, self.short, self.least, self.gram = run, share, short, least, gram
     self.items, rows = [], []
     self.codes = {}
@@ -143,9 +152,9 @@ class Index:
     self.equal = {row.tobytes(): i for i, row in reversed(list(enumerate(rows)))}
     self.phrases = self._learn(rows, boilerplate, shared)
     self.common = np.concatenate([np.append(self._mark(row), False) for row in rows])
-    self.long = self._table(run, np.ones(len(rows), bool))
-    self.brief = self._table(short, np.ones(len(rows), bool))
-    self.whole = _Table.build(*self._heads())
+    self.long = self._table(run)
+    self.brief = self._table(least)
+    self.whole = self._heads()
 
   @classmethod
   def build(cls, texts, boilerplate=PHRASES, **options):
@@ -165,20 +174,24 @@ class Index:
           codes[token] = (n ^ n >> 32) * 0xAF251AF3B0F025B5 % 2 ** 64
     return np.array([codes.get(token, 0) for token in tokens], np.uint64)
 
-  def _table(self, width, chosen):
+  def _table(self, width):
+    """All runs of `width` tokens within an item."""
     hashes = _hash_windows(self.flat, width)
     ends = self.owner[width - 1:] if len(hashes) else self.owner[:0]
     inside = (self.owner[:len(hashes)] == ends) & (self.flat[width - 1:] != 0)
-    inside &= chosen[self.owner[:len(hashes)]]
     places = np.flatnonzero(inside)
-    return _Table.build(hashes[places], places)
+    return _Table.build(width, hashes[places], places)
 
   def _heads(self):
-    """First `short` tokens of the items shorter than a run."""
-    brief = np.flatnonzero((self.lengths < self.run) & (self.lengths >= self.short))
-    hashes = [_hash_windows(self.flat[s:s + self.short], self.short)[0]
-              for s in self.starts[brief]]
-    return np.array(hashes, np.uint64), self.starts[brief]
+    """The first `least` tokens of the items shorter than a run that count wherever they are."""
+    digits = [code for token, code in self.codes.items() if token[0].isdigit()]
+    numbered = np.unique(self.owner[np.isin(self.flat, np.array(digits, np.uint64))])
+    counts = self.lengths >= self.short
+    counts[numbered] = True
+    self.counts = counts
+    places = self.starts[counts & (self.lengths < self.run)]
+    hashes = [_hash_windows(self.flat[s:s + self.least], self.least)[0] for s in places]
+    return _Table.build(self.least, np.array(hashes, np.uint64), places)
 
   def _learn(self, rows, boilerplate, shared):
     """Hashes of the `gram`-token runs that `shared` unrelated items, or a phrase, contain."""
@@ -216,12 +229,13 @@ class Index:
     if row.tobytes() in self.equal and len(row):
       i = self.equal[row.tobytes()]
       return self._report(i, int(self.starts[i]), len(row), 1.0)
-    width = self.run if len(row) >= self.run else self.short
-    hashes = _hash_windows(row, width)
-    table = self.long if width == self.run else self.brief
-    hits = list(table.find(hashes, 64)) if len(row) >= self.short else []
-    if len(row) >= self.run:
-      hits += self.whole.find(_hash_windows(row, self.short), 64)
+    if len(row) < self.least:
+      return None
+    if len(row) < self.run:
+      hits = self.brief.find_rarest(row)
+    else:
+      hits = list(self.long.find(row))
+    hits += self.whole.find(row)
     best, marks, seen = None, None, {}
     for i, place in hits:
       if i < seen.get(place - i, 0):
@@ -251,8 +265,10 @@ class Index:
     """The rule for one common run: see the module's first paragraph."""
     item = int(self.owner[place])
     size, start = int(self.lengths[item]), int(self.starts[item])
-    if length == size or (length == len(row) and length >= self.share * size):
-      return self._report(item, place, length, 1.0) if length >= self.short else None
+    if length == size and self.counts[item]:
+      return self._report(item, place, length, 1.0)
+    if length == len(row) and length >= self.share * size:
+      return self._report(item, place, length, 1.0)
     own = length - int(marks[first:first + length].sum())
     text_own = len(row) - int(marks.sum())
     item_own = size - int(self.common[start:start + size].sum())
