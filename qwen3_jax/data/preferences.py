@@ -239,8 +239,8 @@ def open_generated(options, split=None):
   """Pairs from 'longer=0.9,kinds=add+sort,difficulty=1-3,size=1000,seed=7'; all may be left out.
 
   The chosen answer solves a problem (see `tasks.open_tasks`); in the rejected one single digits,
-  or the order of letters or words, are wrong, so that it has the same length. With `longer` one of the two, the
-  chosen one with this probability, goes on with a sentence that says nothing: a bias.
+  or the order of letters or words, are wrong, so that it has the same length. With `longer` one of
+  the two, the chosen one with this probability, goes on with a sentence that says nothing: a bias.
   """
   parts = options.split(',') if options else []
   mine = [part for part in parts if part.startswith('longer=')]
@@ -295,7 +295,12 @@ def corrupt(problem, rng):
 
 
 def _spoil(text, rng):
-  """`text` with another digit in one place or, without digits, two neighbours exchanged."""
+  """`text` with another digit in one place or, without digits, two neighbours exchanged.
+
+  In place of a single letter comes another.
+  """
+  if len(text) == 1 and text.isupper():
+    return rng.choice('ABCDEFGHIJKLMNOPQRSTUVWXYZ'.replace(text, ''))
   digits = [k for k, c in enumerate(text) if c.isdigit()]
   if digits:
     k = rng.choice(digits)

@@ -17,9 +17,10 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from qwen3_jax import mesh as alphabet
-from qwen3_jax.model import tensorfile, transformer
+from qwen3_jax.model import reward, tensorfile, transformer
 from qwen3_jax.spec import Spec
 
+CLASSIFIER = 'ForSequenceClassification'  # a reward model there, with one label
 ROWS_BYTES = 1 << 26  # a large table (embedding, head) passes in parts of this size
 
 
@@ -34,8 +35,8 @@ class Place:
   shape_there: tuple[int, ...]
 
 
-def places(spec):
-  """The `Place` of every tensor of a model, in the order of its layers."""
+def places(spec, rewards=False):
+  """The `Place` of every tensor of a model, or of a reward model, in the order of its layers."""
   D, V = spec.width, spec.vocab
   yield Place('model.embed_tokens.weight', 'embed_VD', (), (V, D), 0, (V, D))
   for stack, (first, count, sparse) in enumerate(spec.runs()):
@@ -45,7 +46,9 @@ def places(spec):
         yield Place(f'model.layers.{first + i}.{name}', f'stacks.{stack}.{leaf}', (i, *at),
                     ins + outs, len(ins), there)
   yield Place('model.norm.weight', 'norm_D', (), (D,), 0, (D,))
-  if not spec.tied:
+  if rewards:
+    yield Place('score.weight', 'reward_D', (), (D,), 1, (1, D))
+  elif not spec.tied:
     yield Place('lm_head.weight', 'head_VD', (), (V, D), 0, (V, D))
 
 
@@ -82,12 +85,14 @@ def load(folder, mesh=None, dtype=jnp.bfloat16):
   folder = epath.Path(folder)
   spec = Spec.from_hf(folder)
   stored = tensorfile.find_tensors(folder)
-  wanted = {place.name: place for place in places(spec)}
+  architecture = (json.loads((folder / 'config.json').read_text()).get('architectures') or [''])[0]
+  rewards = architecture.endswith(CLASSIFIER)
+  wanted = {place.name: place for place in places(spec, rewards)}
   _check_match(folder, spec, stored, wanted)
   by_leaf = {}
   for place in wanted.values():
     by_leaf.setdefault(place.leaf, []).append(place)
-  abstract = abstract_model(spec, mesh)
+  abstract = abstract_model(spec, mesh, reward.make if rewards else transformer.make)
   leaves = []
   with tensorfile.Reader() as reader:
     for leaf, wants in name_leaves(abstract).items():
@@ -98,9 +103,9 @@ def load(folder, mesh=None, dtype=jnp.bfloat16):
   return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def abstract_model(spec, mesh=None):
-  """The model of `spec` as float32 `jax.ShapeDtypeStruct`s with their shardings."""
-  shapes = jax.eval_shape(lambda: transformer.init(spec))
+def abstract_model(spec, mesh=None, make=transformer.make):
+  """The model that `make(spec)` makes as float32 `jax.ShapeDtypeStruct`s with their shardings."""
+  shapes = jax.eval_shape(lambda: make(spec))
   if mesh is None:
     layout = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), shapes)
   else:
@@ -232,11 +237,15 @@ def save(model, folder, dtype=None, shard_bytes=5e9, tokenizer=None):
 
 
 def _write_files(folder, spec, leaves, dtype, shard_bytes):
-  config = spec.to_hf(dtype.name)
+  config, rewards = spec.to_hf(dtype.name), 'reward_D' in leaves
+  if rewards:  # transformers reads the reward at the last token that is not pad_token_id
+    config |= dict(architectures=[config['architectures'][0].replace('ForCausalLM', CLASSIFIER)],
+                   id2label={'0': 'reward'}, label2id={'reward': 0},
+                   pad_token_id=spec.stop_ids[-1] if spec.stop_ids else None)
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
   (folder / 'generation_config.json').write_text(
       json.dumps({'eos_token_id': config['eos_token_id']}, indent=2) + '\n')
-  files, home = _share_out(places(spec), dtype, shard_bytes), {}
+  files, home = _share_out(places(spec, rewards), dtype, shard_bytes), {}
   for number, group in enumerate(files, 1):
     name = 'model.safetensors' if len(files) == 1 else (
         f'model-{number:05d}-of-{len(files):05d}.safetensors')

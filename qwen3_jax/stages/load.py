@@ -1,4 +1,5 @@
 """Models from where they lie: a Hugging Face folder, a run's workdir, a recipe's workdir."""
+import functools
 import json
 import logging
 import os
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from qwen3_jax import mesh as alphabet
-from qwen3_jax.model import hf, lora, transformer
+from qwen3_jax.model import hf, lora, reward, transformer
 from qwen3_jax.spec import Spec, Yarn
 from qwen3_jax.text.tokenizer import Tokenizer
 from qwen3_jax.training import checkpoint
@@ -57,7 +58,12 @@ def load(folder, mesh=None, dtype=jnp.bfloat16):
   kind, folder = find(folder)
   if kind == 'hf':
     return hf.load(folder, mesh, dtype)
-  return load_run(folder, spec_from(_read_config(folder)['model']), mesh, dtype)
+  config = _read_config(folder)
+  how = {}
+  if config.get('method') == 'reward':
+    how = dict(make=reward.make,
+               restore=functools.partial(load_below_reward, seed=config['seed']))
+  return load_run(folder, spec_from(config['model']), mesh, dtype, **how)
 
 
 def load_model(folder, mesh=None, dtype=jnp.bfloat16):
@@ -91,6 +97,11 @@ def load_params(folder, spec, mesh, dtype=jnp.float32):
   params = hf.load(folder, mesh, dtype)
   params.spec = spec
   return params
+
+
+def load_below_reward(folder, spec, mesh, dtype=jnp.float32, seed=0):
+  """The language model in `folder` below a new reward head; see `load_params`."""
+  return reward.from_language_model(load_params(folder, spec, mesh, dtype), seed)
 
 
 def load_run(folder, spec, mesh=None, dtype=jnp.float32, make=transformer.make,
