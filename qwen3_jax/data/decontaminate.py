@@ -7,7 +7,7 @@ ways to write one LaTeX formula do not hide an item. Two additions make the rule
 questions. Boilerplate (phrases that several unrelated test items share, and `PHRASES`) counts in
 neither |L| nor |t| nor |e|, unless L is all of t or e. And below 13 tokens, where the rule is
 silent, an item counts as found if it is in t whole (from `short` tokens on, with a number in it
-from `least` on), or if t is 60 % of it in a row (from `least` tokens on).
+from `least` on), if t is 60 % of it in a row (from `least` on), or if both are equal.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ _SIGNS = str.maketrans({
   '−': '-', '–': '-', '—': ' ', '×': '*', '·': '*', '÷': '/', '≤': ' le ', '≥': ' ge ',
   '≠': ' ne ', '√': ' sqrt ', 'π': ' pi ', '°': ' circ ', '’': "'", '…': ' ', '→': ' to '})
 _SPLIT_FRACTION = re.compile(r'(\\[dtc]?frac)\s*(\d)\s*(\d)')
+_SUBSCRIPT = re.compile(r'_\s*(\d)(?=\d)')  # LaTeX takes one digit: log_2 1
 _THOUSANDS = re.compile(r'(?<=\d)(?:\{,\}|\\?,\\?!?|,)(?=\d{3}(?!\d))')
 _TOKEN = re.compile(
   r'\d+(?:\.\d+)?|[\u2e80-\u2fdf\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]'
@@ -60,9 +61,9 @@ def tokenise(text):
   if '[asy]' in text:
     text = _DRAWING.sub(' ', text)
   if '\\' in text:
-    text = _SPLIT_FRACTION.sub(r'\1 \2 \3 ', text)
+    text = _SUBSCRIPT.sub(r'_\1 ', _SPLIT_FRACTION.sub(r'\1 \2 \3 ', text))
     text = _THOUSANDS.sub('', text)
-    text = re.sub(r'\\[,;:! ]|~|&', ' ', text)
+    text = re.sub(r'\\[,;:! ]|~|&|\^(?=\s*\{?\s*\\circ)', ' ', text)
     text = _COMMAND.sub(lambda m: f' {_SAME.get(m[1], m[1])} ', text)
   elif ',' in text:
     text = _THOUSANDS.sub('', text)
@@ -132,18 +133,18 @@ class Index:
   make a run of `gram` tokens boilerplate; items with half of their runs in common are related.
   """
 
-  def __init__(self, texts, boilerplate=PHRASES, run=RUN, share=SHARE, short=8, least=4,
+  def __init__(self, texts, boilerplate=PHRASES, run=RUN, share=SHARE, short=8, least=3,
                gram=6, shared=3):
     self.run, self.share, self.short, self.least, self.gram = run, share, short, least, gram
     self.items, rows = [], []
     self.codes = {}
     for item, text in texts:
       tokens = tokenise(text)
-      if len(tokens) >= least:
+      if len(tokens) >= 2:
         self.items.append(item)
         rows.append(self._encode(tokens, grow=True))
     if not rows:
-      raise ValueError(f'no test item of at least {least} tokens to decontaminate against; '
+      raise ValueError('no test item of two words or more to decontaminate against; '
                        'give the files of the test sets')
     self.lengths = np.array([len(row) for row in rows])
     self.starts = np.cumsum(self.lengths + 1) - self.lengths - 1
@@ -187,7 +188,7 @@ class Index:
     digits = [code for token, code in self.codes.items() if token[0].isdigit()]
     numbered = np.unique(self.owner[np.isin(self.flat, np.array(digits, np.uint64))])
     counts = self.lengths >= self.short
-    counts[numbered] = True
+    counts[numbered] |= self.lengths[numbered] >= self.least
     self.counts = counts
     places = self.starts[counts & (self.lengths < self.run)]
     hashes = [_hash_windows(self.flat[s:s + self.least], self.least)[0] for s in places]
@@ -210,7 +211,9 @@ class Index:
             common.add(gram)
             break
     for phrase in boilerplate:
-      common |= set(_hash_windows(self._encode(tokenise(phrase)), self.gram).tolist())
+      row = self._encode(tokenise(phrase))
+      known = np.convolve(row != 0, np.ones(self.gram, int), 'valid') == self.gram
+      common |= set(_hash_windows(row, self.gram)[known].tolist() if len(row) >= self.gram else ())
     return np.array(sorted(common), np.uint64)
 
   def _mark(self, row):
