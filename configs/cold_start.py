@@ -1,8 +1,8 @@
 """Long-CoT cold start: supervised fine-tuning on filtered thinking (Qwen3 report, section 4.1).
 
 Its purpose is the pattern, not the score: the report keeps samples and steps few. Make the data
-with `python -m qwen3_jax filter --config=configs/filter.py:cold_start`. The tiny form learns to
-think on generated problems.
+with `python -m qwen3_jax filter --config=configs/filter.py:cold_start` and name its output in
+data.sources. The tiny form filters and learns the solutions of generated problems.
 """
 from qwen3_jax.stages.defaults import REASONING, supervised
 
@@ -11,6 +11,7 @@ def get_config(arg):
   config = supervised('cold_start', arg, tiny_steps=1000)
   if config.model.layers == 4:
     config.optim.update(dict(schedule='linear', peak_lr=3e-3))
-    config.data.sources = ((f'{REASONING},size=20000', 1.0),)
+    config.prepare = dict(by='filter', config='configs/filter.py:cold_start,tiny', set=(),
+                          inputs=dict(input=(f'{REASONING},size=10000',)))
     config.data.heldout = (f'{REASONING},size=400',)
   return config

@@ -3,7 +3,7 @@
 Thinking answers are drawn from --model for --queries and kept where they are right and clean; the
 conversations of --plain (and --translation) are kept where they meet their checklist. The mixture
 goes to WORKDIR/fused.jsonl, a part of it to WORKDIR/heldout.jsonl, its counts to report.json. Run
-the same command again and it goes on where it was. Exit code 75: done, but records failed.
+the same command again and it goes on where it was. Exit code 75: records failed, run it again.
 
 Examples:
   python -m qwen3_jax fuse --model=runs/rl --queries='cold/*/accepted.jsonl' --workdir=runs/fuse \\
@@ -65,6 +65,9 @@ def build(config, workdir, model, judge=None, queries=(), plain=(), translation=
   for name, part, inputs in parts:
     print(f'-- {name}', flush=True)
     code = filters.run(part, inputs, workdir / name, dict(generator=model, judge=judge)) or code
+  if code:
+    print('nothing is mixed while records have failed; run again')
+    return code
   mix(config, workdir, [name for name, *_ in parts])
   return code
 

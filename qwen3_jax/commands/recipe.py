@@ -14,7 +14,7 @@ import json
 from etils import epath
 
 from qwen3_jax.commands import config as configs
-from qwen3_jax.commands import report, train
+from qwen3_jax.commands import evaluate, report, train
 
 
 def add_arguments(parser):
@@ -42,7 +42,18 @@ def main(args):
     code = train.train(config, workdir / name)
     if code:
       return code
+    examine(config, workdir / name)
   return finish(plan, workdir)
+
+
+def examine(config, folder):
+  """What the stage's model writes and, where the config says how, what it can do in each mode."""
+  from qwen3_jax.evaluation import samples
+  if not (folder / 'samples.json').exists():
+    (samples.write if config.method == 'pretrain' else samples.write_chats)(folder)
+  wanted, path = config.get('measure'), folder / 'modes.json'
+  if wanted and not path.exists():
+    evaluate.write(evaluate.run(folder, **wanted), path)
 
 
 def make_plan(recipe, workdir, settings, until):
@@ -72,45 +83,59 @@ def describe(plan):
   spec = load.spec_from(plan[0][1].model)
   print(f'model: {spec.layers} layers, width {spec.width}, {spec.parameters():,} parameters'
         + (f' ({spec.parameters(active=True):,} active)' if spec.experts else ''))
+  width = max(len(name) for name, _ in plan)
   for name, config in plan:
     spec, data = load.spec_from(config.model), config.data
-    tokens = config.steps * data.batch * data.length
+    tokens = (config.steps or 0) * data.batch * data.length
     flops = tokens * spec.flops_per_token(data.length)
-    start = config.init or 'random weights'
-    print(f'{name:>4}: {config.steps:,} steps x {data.batch} x {data.length:,} = {tokens:,} '
-          f'tokens, {flops:.2g} FLOPs, RoPE base {spec.rope_theta:,.0f}, from {start}')
+    much = (f'{config.steps:,} steps x {data.batch} x {data.length:,} = {tokens:,} tokens, '
+            f'{flops:.2g} FLOPs') if tokens else (
+      f'{config.epochs} epochs of {data.sources or "data.sources, not set yet"} in rows of '
+      f'{data.length:,}')
+    made = f', data made by {config.prepare.by}' if config.get('prepare') else ''
+    print(f'{name:>{width}}: {much}{made}, RoPE base {spec.rope_theta:,.0f}, from '
+          f'{config.init or "random weights"}')
 
 
 def finish(plan, workdir):
-  """Samples, the long-context probe, the report, and a summary on the screen."""
-  from qwen3_jax.evaluation import samples
+  """The long-context probe, the report, and a summary on the screen."""
   from qwen3_jax.stages import load
   from qwen3_jax.training import metrics
-  for name, _ in plan:
-    if not (workdir / name / 'samples.json').exists():
-      samples.write(workdir / name)
-  last = plan[-1][0]
-  probed = workdir / last / 'probe.json'
-  if len(plan) > 1 and not probed.exists():
-    write_probe(plan[-2], plan[-1], workdir)
+  for before, after in zip(plan, plan[1:]):
+    if after[1].method == 'pretrain' and not (workdir / after[0] / 'probe.json').exists():
+      write_probe(before, after, workdir)
   spec = load.spec_from(plan[-1][1].model)
   (workdir / 'facts.json').write_text(json.dumps({
       'Parameters': f'{spec.parameters():,}', 'Layers': spec.layers, 'Width': spec.width}))
-  print('\nheld-out loss by stage')
+  print('\nheld-out loss by stage (text, then conversations)')
   for name, _ in plan:
     lines = metrics.read(workdir / name)
     heldout = [line['heldout_loss'] for line in lines if 'heldout_loss' in line]
     seconds = sum(line['seconds'] for line in lines)
-    print(f'  {name}: {heldout[0]:.3f} -> {heldout[-1]:.3f} nats a token, {seconds:.0f} s')
-  if probed.exists():
-    beyond = json.loads(probed.read_text())
-    for name, loss in beyond['beyond'].items():
-      print(f'  beyond position {beyond["old_length"]}, {name}: {loss:.3f}')
-  for sample in json.loads((workdir / last / 'samples.json').read_text())[:2]:
-    print(f'\n{last} continues {sample["prompt"]!r}:\n{sample["completion"][:400]}')
+    if heldout:
+      print(f'  {name}: {heldout[0]:.3f} -> {heldout[-1]:.3f} nats a token, {seconds:.0f} s')
+    show(workdir / name)
+  for sample in json.loads((workdir / plan[-1][0] / 'samples.json').read_text())[:2]:
+    print(f'\n{sample["heading"]}: {sample["prompt"]}\n{sample["completion"][:400]}')
   print(f'\nreport: {report.write(workdir)}')
-  print(f'talk to it: python -m qwen3_jax chat --raw --model={workdir}')
+  raw = '--raw ' if plan[-1][1].method == 'pretrain' else ''
+  print(f'talk to it: python -m qwen3_jax chat {raw}--model={workdir}')
   return 0
+
+
+def show(folder):
+  """Prints what was measured of a stage beside its loss."""
+  from qwen3_jax.evaluation.modes import describe
+  if (folder / 'probe.json').exists():
+    beyond = json.loads((folder / 'probe.json').read_text())
+    for name, loss in beyond['beyond'].items():
+      print(f'    beyond position {beyond["old_length"]}, {name}: {loss:.3f}')
+  if (folder / 'modes.json').exists():
+    measured = json.loads((folder / 'modes.json').read_text())
+    for name, part in (('thinking', 'right when thinking'), ('plain', 'right without thinking'),
+                       ('following', 'last flag obeyed')):
+      if measured.get(name):
+        print(f'    {part}: {describe(measured[name])}')
 
 
 def write_probe(before, after, workdir):

@@ -5,7 +5,8 @@ config can be set: --config.optim.peak_lr=1e-4.
 
 Exit codes: 0 done; 42 stopped by SIGTERM and saved, run it again; 78 the config cannot be read (no
 such file, size or key, a value of the wrong type); 2 anything else that is wrong with the input
-(values that do not fit, data, tokenizer, checkpoints, a full disk); 3 training diverged.
+(values that do not fit, data, tokenizer, checkpoints, a full disk); 3 training diverged; 75 the
+data that the config asks for could not all be made, run it again.
 
 Examples:
   python -m qwen3_jax train --config=configs/s1.py:tiny --workdir=runs/s1
@@ -19,6 +20,7 @@ import sys
 from etils import epath
 
 from qwen3_jax.commands import config as configs
+from qwen3_jax.commands.prepare import prepare
 
 CONFIG_ERROR = 78
 DIVERGED = 3
@@ -58,6 +60,8 @@ def train(config, workdir):
   from qwen3_jax.training.preemption import EXIT_CODE
   claim(workdir, config)
   tokenizer = prepare_tokenizer(config, workdir)
+  if code := prepare(config, workdir):
+    return code
   try:
     importlib.import_module(METHODS[config.method]).run(config, workdir, tokenizer)
   except Preempted as e:

@@ -12,6 +12,7 @@ import re
 from etils import epath
 
 from qwen3_jax.evaluation.chart import Band, Series, draw, draw_legend, escape, format_number
+from qwen3_jax.evaluation.tables import write_filters, write_modes, write_table
 from qwen3_jax.training import metrics
 
 STYLE = """
@@ -92,7 +93,9 @@ details pre { font-size: 13px; padding: 10px 0 0 18px }
 
 ORDER = ('s1', 's2', 's3', 'cold_start', 'reasoning_rl', 'fusion', 'general_rl', 'distill_off',
          'distill_on')
-TITLES = {'s1': 'S1 general', 's2': 'S2 reasoning', 's3': 'S3 long context'}
+TITLES = {'s1': 'S1 general', 's2': 'S2 reasoning', 's3': 'S3 long context',
+          'cold_start': 'Cold start', 'fusion': 'Fusion',
+          'reward_model': 'Reward model', 'dpo': 'DPO'}
 
 
 def write_report(path, title, stages, facts):
@@ -102,7 +105,8 @@ def write_report(path, title, stages, facts):
   `config`, `workdir`, `samples` (dicts of `prompt`, `completion`, perhaps `thinking` and
   `heading`; a <think> block in the completion is dimmed too) and `probe`, the mean loss by
   position in a long text: {'positions': [...], 'losses': {'before S3': [...], ...},
-  'old_length': 256}. `facts` maps what stands at the top to its value; a dict among its values
+  'old_length': 256}, `modes` (see `evaluation.modes.measure`) and `filters` (the report of
+  `stages.curate.run`). `facts` maps what stands at the top to its value; a dict among its values
   ('versions') goes to the foot.
   """
   path = epath.Path(path)
@@ -111,9 +115,9 @@ def write_report(path, title, stages, facts):
   facts |= {name: value for name, value in _sum_up(stages).items() if name not in facts}
   parts = [
     '<header>', f'<h1>{escape(title)}</h1>', _write_summary(stages),
-    _write_facts(facts), '</header>', _write_curves(stages), _write_table(stages),
-    *[_write_probe(stage) for stage in stages],
-    _write_samples(stages), _write_details(stages, tables)]
+    _write_facts(facts), '</header>', write_modes(stages, _title), _write_curves(stages),
+    _write_stages(stages), *[_write_probe(stage) for stage in stages],
+    write_filters(stages, _title), _write_samples(stages), _write_details(stages, tables)]
   new = path.parent / f'{path.name}.new'
   new.write_text('\n'.join([
     '<!doctype html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
@@ -144,7 +148,8 @@ def read_stages(workdir):
     lines = metrics.read(folder)
     name = lines[0].get('stage', folder.name) if lines and folder == workdir else folder.name
     stages.append({'name': name, 'workdir': str(folder), 'metrics': lines, **{
-      part: read_json(folder / f'{part}.json') for part in ('config', 'samples', 'probe')}})
+      part: read_json(folder / f'{part}.json') for part in ('config', 'samples', 'probe', 'modes')},
+      'filters': read_json(folder / 'data' / 'report.json')})
   rank = {name: i for i, name in enumerate(ORDER)}
   return sorted(stages, key=lambda stage: (rank.get(stage['name'], len(rank)), stage['name']))
 
@@ -302,7 +307,7 @@ def _smooth(values, share):
   return smoothed
 
 
-def _write_table(stages):
+def _write_stages(stages):
   """One row a stage."""
   columns = ('Stage', 'Steps', 'Tokens', 'Sequence length', 'Train loss', 'Held-out loss',
              'Tokens/s', 'MFU', 'Time')
@@ -315,13 +320,9 @@ def _write_table(stages):
       shown(_last(stage, 'loss', 10), '{:.3f}'), shown(_last(stage, 'heldout_loss'), '{:.3f}'),
       shown(_last(stage, 'tokens_per_s', 50), '{:,.0f}'), shown(_last(stage, 'mfu', 50), '{:.1%}'),
       metrics.format_seconds(seconds)))
-  head = ''.join(f'<th scope="col">{name}</th>' for name in columns)
-  body = ''.join(
-    f'<tr><th scope="row">{escape(first)}</th>'
-    + ''.join(f'<td>{escape(cell)}</td>' for cell in rest) + '</tr>' for first, *rest in rows)
-  return (f'<section><h2>Stages</h2><p class="soft">Train loss is the mean of the last 10 steps; '
-          f'speed and MFU are of the last 50.</p><div class="scroll"><table><thead><tr>{head}</tr>'
-          f'</thead><tbody>{body}</tbody></table></div></section>') if rows else ''
+  return ('<section><h2>Stages</h2><p class="soft">Train loss is the mean of the last 10 steps; '
+          'speed and MFU are of the last 50. Held-out loss is that of text or, in post-training, '
+          f'of conversations.</p>{write_table(columns, rows)}</section>') if rows else ''
 
 
 def _find(config, pattern):

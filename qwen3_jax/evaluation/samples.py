@@ -8,6 +8,7 @@ from qwen3_jax.generation import engine
 from qwen3_jax.generation.sampling import Sampling
 from qwen3_jax.stages import load
 
+CHATS = 'tasks:kinds=chain+coin+path,difficulty=1-2,size=100'
 CHARACTERS = 160  # of a held-out document, as the prompt
 
 
@@ -23,12 +24,24 @@ def prompts():
   return found
 
 
+def write_chats(folder, max_tokens=200):
+  """Writes `folder`/samples.json: answers to two held-out tasks, each in both modes."""
+  tasks = sources.open_source(CHATS, 'heldout')
+  asked = [(f'Task: {tasks.task(i).kind}', f'{tasks.task(i).question}{flag}')
+           for i in range(3) for flag in ('', ' /no_think')]
+  _write(folder, asked, [[dict(role='user', content=text)] for _, text in asked], max_tokens)
+
+
 def write(folder, max_tokens=120):
   """Writes `folder`/samples.json: one continuation of each prompt, sampled at temperature 0.6."""
-  model, tokenizer = load.load_model(folder, dtype=jnp.float32)
   asked = prompts()
+  _write(folder, asked, [prompt for _, prompt in asked], max_tokens)
+
+
+def _write(folder, asked, inputs, max_tokens):
+  model, tokenizer = load.load_model(folder, dtype=jnp.float32)
   sampling = Sampling(temperature=0.6, top_p=0.95, top_k=20, max_tokens=max_tokens, seed=0)
-  outputs = engine.generate(model, tokenizer, [prompt for _, prompt in asked], sampling)
+  outputs = engine.generate(model, tokenizer, inputs, sampling)
   (folder / 'samples.json').write_text(json.dumps(
       [dict(heading=heading, prompt=prompt, completion=out.text)
        for (heading, prompt), out in zip(asked, outputs)], indent=2))

@@ -11,9 +11,9 @@ from qwen3_jax.stages.records import Accept, Fail, Reject
 MOST_POINTS = 8
 
 MAKE = """\
-Someone will answer the request between the lines. Before you see an answer, write down what a very \
-good one must fulfil: 3 to 6 points, each a short sentence that can be checked with yes or no by \
-reading the answer, from what was asked for (content, form, length, language, tone), none about \
+Someone will answer the request between the lines. Before you see an answer, write down what a \
+very good one must fulfil: 3 to 6 points, each a short sentence that can be checked with yes or no \
+by reading the answer, from what was asked for (content, form, length, language, tone), none about \
 style in general.
 
 ----

@@ -66,9 +66,14 @@ def supervised(stage, arg, tiny_steps):
   small = config.model.layers == 4
   config.method, config.model.rope_theta = 'sft', 1e6
   config.epochs, config.steps = (None, tiny_steps) if small else (2, None)
+  config.prepare = None  # see commands.prepare
+  config.measure = dict(tasks='tasks', count=512, flags=256, budgets=(0, 256, 1024, 4096),
+                        max_tokens=8192)
   config.data.update(dict(skip_bad=False, too_long='drop', keep_whole=32))
   if small:
     config.data.length, config.data.batch = 256, 4
+    config.measure = dict(tasks=REASONING, count=256, flags=128, budgets=(0, 8, 16, 32, 64),
+                          max_tokens=160, plain_penalty=None)  # an answer may repeat a digit
   else:
     config.model.max_position = 40_960
     config.data.length, config.data.batch = 32_768, 32

@@ -51,12 +51,13 @@ def heldout_batches(config, tokenizer, mesh):
   rows = alphabet.owned_rows(data.batch, mesh)
   batches = {}
   for spec in data.heldout or ():
-    examples = conversations.Examples(conversations.read(spec, 'heldout'), tokenizer, data.length)
+    examples = conversations.Examples(
+      conversations.read(spec, 'heldout', skip_bad=data.skip_bad), tokenizer, data.length)
     name = f'heldout_{len(batches)}' if batches else 'heldout_loss'
     batches[name] = [
       alphabet.to_global(batch, rows, data.batch, mesh) for batch in packing.fixed_batches(
         examples, tokenizer.encode, data.batch, data.length, data.heldout_batches,
-        tokenizer.eod_id, rows, whole=True)]
+        tokenizer.eod_id, rows, keep_whole=data.keep_whole, whole=True)]
   return batches
 
 
