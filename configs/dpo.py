@@ -5,15 +5,15 @@ weights online, which is not here). Beta is that of the method's paper (2305.182
 about 128 pairs of 1,024 tokens, and the linear schedule are ours. Without `reference` the model
 that `init` names is the reference.
 """
-from qwen3_jax.stages.defaults import preference
+from qwen3_jax.stages.defaults import PAIRS, preference
 
 
 def get_config(arg):
   config = preference('dpo', arg, 'dpo', beta=0.1, reference=None)
   if config.model.layers == 4:
     config.optim.update(dict(schedule='linear', peak_lr=3e-4))
-    config.data.sources = (('pairs:size=6000,difficulty=1-2', 1.0),)
-    config.data.heldout = ('pairs:size=600,difficulty=1-2',)
+    config.data.sources = ((f'{PAIRS},size=6000', 1.0),)
+    config.data.heldout = (f'{PAIRS},size=600',)
   else:
     config.data.length, config.data.batch = 8192, 16
     config.optim.update(dict(schedule='linear', peak_lr=7e-7, warmup=100))

@@ -238,8 +238,8 @@ _PLACE = np.dtype([('record', np.int64), ('size', np.int32), ('trained', np.int3
 def open_generated(options, split=None):
   """Pairs from 'longer=0.9,kinds=add+sort,difficulty=1-3,size=1000,seed=7'; all may be left out.
 
-  The chosen answer solves a problem (see `tasks.open_tasks`); in the rejected one single digits,
-  or the order of letters or words, are wrong, so that it has the same length. With `longer` one of
+  The chosen answer solves a problem (see `tasks.open_tasks`); in the rejected one single digits
+  or letters, or the order of words, are wrong, so that it has the same length. With `longer` one of
   the two, the chosen one with this probability, goes on with a sentence that says nothing: a bias.
   """
   parts = options.split(',') if options else []
@@ -282,29 +282,28 @@ FILLERS = ('All of this was done with care, step by step.', 'That is how one doe
 
 
 def corrupt(problem, rng):
-  """(steps, answer) of a wrong solution: the answer, and every other step with a number in it."""
+  """(steps, answer) of a wrong solution: the answer is, and each step in one of two cases."""
   for _ in range(100):
     answer = _spoil(problem.answer, rng)
     if not tasks.check(problem, f'Answer: {answer}'):
       break
   else:
     answer = 'none' if problem.answer != 'none' else '0'
-  steps = [_spoil(step, rng) if re.search(r'\d', step) and rng.random() < 0.5 else step
+  steps = [_spoil(step, rng) if _FACT.search(step) and rng.random() < 0.5 else step
            for step in problem.steps]
   return steps, answer
 
 
-def _spoil(text, rng):
-  """`text` with another digit in one place or, without digits, two neighbours exchanged.
+_FACT = re.compile(r'\d|\b(?:heads|tails|[A-Z])\b')
 
-  In place of a single letter comes another.
-  """
-  if len(text) == 1 and text.isupper():
-    return rng.choice('ABCDEFGHIJKLMNOPQRSTUVWXYZ'.replace(text, ''))
-  digits = [k for k, c in enumerate(text) if c.isdigit()]
-  if digits:
-    k = rng.choice(digits)
-    return text[:k] + rng.choice('123456789'.replace(text[k], '')) + text[k + 1:]
+
+def _spoil(text, rng):
+  """`text` with one digit, letter or side of a coin replaced, or else two neighbours exchanged."""
+  if facts := list(_FACT.finditer(text)):
+    fact = rng.choice(facts)
+    others = {'heads': ['tails'], 'tails': ['heads']}.get(fact[0]) or (
+      '123456789' if fact[0].isdigit() else 'ABCDEFGHIJKLMNOPQRSTUVWXYZ').replace(fact[0], '')
+    return text[:fact.start()] + rng.choice(others) + text[fact.end():]
   glue = ', ' if ', ' in text else ''
   parts = text.split(glue) if glue else list(text)
   k = rng.randrange(max(1, len(parts) - 1))

@@ -13,6 +13,7 @@ TINY = dict(
 
 # What the tiny models learn to reason about: problems that a few minutes suffice for.
 REASONING = 'tasks:kinds=chain+coin+path,difficulty=1-2'
+PAIRS = REASONING.replace('tasks', 'pairs', 1)  # the same solved right, and wrong
 
 # Peak learning rate and rows of 4,096 tokens a step. Qwen's are unpublished (they come from scaling
 # laws that were not released); these are ours, in the range of comparable open runs, not measured.
