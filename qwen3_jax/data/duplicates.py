@@ -7,6 +7,7 @@ MinHash of 128 slots (rensa's R-MinHash), candidates by 21 bands of 6 slots: a p
 standard deviation of sqrt(s (1 - s) / 128), 0.035 at 0.8.
 """
 
+import hashlib
 import re
 import unicodedata
 
@@ -40,11 +41,11 @@ def jaccard(one, other):
 
 
 class Deduplicator:
-  """Texts kept so far, at 550 bytes a text: 256 of MinHash, 264 of bands, hash and id's place.
+  """Texts kept so far: 520 bytes a text whatever its length, its id apart, and 20 MB.
 
-  Only texts that pass are remembered, so a chain of small changes keeps its first member.
-  `add(id, text)` and `check(id, text)` differ in nothing but that `check` also adds what passes.
-  Results depend on the order of the texts and on nothing else.
+  These are 256 of MinHash and 264 of keys (22 of 8 bytes with a 4-byte number); the arrays grow by
+  doubling. Only texts that pass are remembered, so a chain of small changes keeps its first member.
+  Verdicts depend on the texts and their order alone.
   """
 
   def __init__(self, threshold=0.8, width=5, seed=1):
@@ -93,7 +94,7 @@ class Deduplicator:
     return keys, (digest & np.uint64(0xFFFF)).astype(np.uint16)
 
   def _find(self, keys, slots):
-    groups = [self._look_up(key) for key in keys.tolist()]
+    groups = [self.recent.get(key, []) for key in keys.tolist()]
     for keys_of_run, texts in self.runs:
       first = np.searchsorted(keys_of_run, keys)
       last = np.searchsorted(keys_of_run, keys, 'right')
@@ -109,9 +110,6 @@ class Deduplicator:
     if same[best] < self.threshold:
       return None
     return 'near', self.names[candidates[best]], float(same[best])
-
-  def _look_up(self, key):
-    return self.recent.get(key, [])
 
   def _remember(self, name, keys, slots):
     place = len(self.names)
@@ -161,7 +159,6 @@ class Deduplicator:
 
 def hash_words(text):
   """64 bits of a text's letters, digits and operators, whatever its case and white space."""
-  import hashlib
   if not text.isascii():
     text = unicodedata.normalize('NFKC', text)
   words = ' '.join(_WORD.findall(text.lower()))

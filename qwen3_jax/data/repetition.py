@@ -10,6 +10,7 @@ _UNSPACED = r'\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\
 _TOKEN = re.compile(rf'[{_UNSPACED}]|[^\W_{_UNSPACED}]+|[^\w\s]|_')
 _WORD = re.compile(rf'[{_UNSPACED}]|[^\s{_UNSPACED}]+')
 _LETTER = re.compile(r'[^\W\d_]')
+_COMMAND = re.compile(r'\\[a-zA-Z]+')
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 TAIL = 12000  # characters of the end in which a loop is looked for
 
@@ -18,28 +19,30 @@ def find_repetition(text, share=0.3, window=12, loop_tokens=40, loop_times=4, of
                     ratio_bytes=2000):
   """None, or why `text` is substantially repetitive, with the measure.
 
-  Four measures, in this order; words are what white space separates, and single characters where
+  Five measures, in this order; words are what white space separates, and single characters where
   nothing does, tokens are words, numbers and punctuation marks.
   - Loop: the text ends in at least `loop_times` rounds of a run of tokens that has a letter, over
     `loop_tokens` tokens (three times as many where the run is one or two); in 8 rounds of a run of
     5 different tokens without one; or in 120 characters of period 20 or less (600 without letters).
+  - Paragraphs: three equal ones of 80 characters or more are the share `share` of the text.
   - Lines: `often` lines that are equal but for their numbers are the share `share` of the text.
   - Passages: the share `share` of the words lies in a run of `window` words (twice as many
     characters) that was there before, one such run at least three times; half the share is enough
     where one is there `often` times.
   - Compression: zlib makes a text of `ratio_bytes` or more smaller than `ratio` of it.
-  What has less than 30 % letters (tables, arithmetic, rulers) is not prose and counts in the first
-  only. Where lines are short (verse has refrains) or indented (code), twice the share is needed.
+  What has less than 30 % letters (tables, arithmetic, rulers) is not prose: only the first two see
+  it. Where lines are short (verse has refrains) or indented (code), twice the share is needed.
   """
   return (_find_loop(text, loop_tokens, loop_times)
+          or _find_paragraphs(text, share)
           or _find_lines(text, share, often)
           or _find_passages(text, share, window, often)
           or _find_redundancy(text, ratio, ratio_bytes))
 
 
 def _is_prose(text, letters):
-  """At least `letters` letters, and these 30 % of the characters or more."""
-  count = len(_LETTER.findall(text))
+  """At least `letters` letters, names of LaTeX commands aside, and these 30 % of all or more."""
+  count = len(_LETTER.findall(_COMMAND.sub('', text)))
   return count >= letters and 10 * count >= 3 * (len(text) - text.count(' '))
 
 
@@ -74,6 +77,15 @@ def _find_loop(text, least, times):
     if length >= enough and (plain or length >= 8 * period and len(set(unit)) >= 5):
       return f'ends in a loop: {" ".join(unit)[:60]!r} {length // period} times'
   return None
+
+
+def _find_paragraphs(text, share):
+  parts = [part.strip() for part in text.split('\n\n')]
+  counts = Counter(part for part in parts if len(part) >= 80 and _LETTER.search(part))
+  part, count = max(counts.items(), key=lambda item: item[1], default=('', 0))
+  if count < 3 or count * len(part) < share * len(text):
+    return None
+  return f'the same paragraph {count} times ({count * len(part) / len(text):.0%}): {part[:60]!r}'
 
 
 def _find_lines(text, share, times):
@@ -135,7 +147,7 @@ def _find_redundancy(text, ratio, least):
   data = text.encode('utf-8', 'replace')
   if len(data) < least:
     return None
-  small = len(zlib.compress(data, 1)) / len(data)
+  small = len(zlib.compress(data, 6)) / len(data)
   if small >= ratio or not _is_prose(text[:4000], 200):
     return None
   return f'compresses to {small:.1%} of its {len(data)} bytes'

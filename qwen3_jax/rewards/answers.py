@@ -4,9 +4,9 @@ import re
 
 _BOXED = re.compile(r'\\(?:boxed|fbox)(?![a-zA-Z])\s*')
 _STATED = re.compile(
-  r'(?:\b(?:the|final|our|my|correct|your|so|,) (?:final |correct )?answers? (?:is|are|was|would be|to '
-  r'be|=|:)|(?:^|[*#]\s*|\bfinal )answer(?:\*\*)?(?: is|:|\s*=|\s*\n)|答案(?:是|为|為|：|:)|####'
-  r'|最终结果(?:是|为))\s*:?\s*', re.IGNORECASE | re.MULTILINE)
+  r'(?:\b(?:the|final|our|my|correct|your|so|,) (?:final |correct )?answers? (?:is|are|was|'
+  r'would be|to be|=|:)|(?:^|[*#]\s*|\bfinal )answer(?:\*\*)?(?: is|:|\s*=|\s*\n)'
+  r'|答案(?:是|为|為|：|:)|####|最终结果(?:是|为))\s*:?\s*', re.IGNORECASE | re.MULTILINE)
 _MATHS = re.compile(r'\$\$(.+?)\$\$|\$([^$\n]+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]', re.DOTALL)
 _BOLD = re.compile(r'\*\*([^*\n]{1,80})\*\*')
 _NUMBER = re.compile(
@@ -58,11 +58,10 @@ def find_boxed(text):
 
 def _first_span(line):
   """The answer at the start of what follows `the answer is`."""
-  line = line.strip().lstrip(':').strip()
+  line = line.strip(' :*')
   maths = _MATHS.match(line)
   if maths and not line[maths.end():].strip(' .*'):
     return next(filter(None, maths.groups())).strip()
-  line = line.strip('* ')
   sentence = re.split(r'(?<=[^\d])\.\s|\.\s|\.$|。|；', line)[0]
   return sentence.strip(' *') or None
 

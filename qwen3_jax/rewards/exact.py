@@ -293,7 +293,7 @@ class _Reader:
     return total, both
 
   def read_product(self):
-    value = self.read_factor()
+    value = self.read_signed()
     while True:
       token = self.peek()
       if token in ('*', '\\cdot', '\\times', '×', '·'):
