@@ -1,6 +1,6 @@
 """Labels that a model gives each example: education value, domain, safety."""
 from qwen3_jax.generation.respond import Failure, find_object, judge
-from qwen3_jax.stages.records import Accept, Fail, Reject, asked_in, text_of
+from qwen3_jax.stages.records import Accept, Fail, Reject, words_of
 
 DOMAINS = ('mathematics', 'science', 'engineering', 'computing', 'medicine', 'law', 'economics',
            'history', 'society', 'language', 'arts', 'daily life', 'other')
@@ -57,7 +57,7 @@ def begin_annotating(_, model, domains=DOMAINS, characters=4000, tries=3, least_
 
 def excerpt(record, characters):
   """What is shown of a record: a query, a document, or a conversation's words."""
-  text = asked_in(record) if 'messages' in record else text_of(record)
+  text = words_of(record)
   return text if len(text) <= characters else text[:characters] + ' [...]'
 
 

@@ -18,12 +18,12 @@ def begin_candidates(_, model=None, n=4, prompt='{question}', sampling=None):
     asked = [record for record in records if 'candidates' not in record]
     answers = iter(responder.respond([ask(record, prompt) for record in asked], n, sampling)
                    if asked else ())
-    return [judge_candidates(record, record['candidates'] if 'candidates' in record
-                             else next(answers), prompt) for record in records]
+    return [judge_candidates(record, record['candidates']) if 'candidates' in record
+            else judge_candidates(record, next(answers), prompt) for record in records]
   return decide
 
 
-def judge_candidates(record, candidates, prompt):
+def judge_candidates(record, candidates, prompt='{question}'):
   """A decision on one query: each candidate gets 'right', the record 'pass_rate'."""
   if isinstance(candidates, Failure):
     return Fail(record, candidates.reason)

@@ -1,5 +1,6 @@
 """From a config's list of names to the stages of a pipeline, with their options and models."""
 import collections
+import dataclasses
 import functools
 
 from qwen3_jax.data import duplicates
@@ -58,13 +59,14 @@ def _plain(section):
           for key, value in section.items()}
 
 
-def _sampling(own):
-  """The arguments with `sampling` as what `respond` takes; its fields all None: not given."""
-  fields = own.pop('sampling')
-  if all(value is None for value in fields.values()):
+def _sampling(own, thinking=True):
+  """The arguments with `sampling` as `respond` takes it: None, or the mode's with what is given."""
+  given = {key: value for key, value in own['sampling'].items() if value is not None}
+  if not given:
     return own | dict(sampling=None)
-  from qwen3_jax.generation.sampling import Sampling
-  return own | dict(sampling=Sampling(**{k: v for k, v in fields.items() if v is not None}))
+  from qwen3_jax.generation import sampling
+  mode = sampling.THINKING if thinking else sampling.NON_THINKING
+  return own | dict(sampling=dataclasses.replace(mode, **given))
 
 
 # What a stage would refuse when it begins is refused here: before any work.
@@ -83,7 +85,7 @@ def _judge(config, own):
 
 
 def _solvable(config, own):
-  return dict(begin=functools.partial(queries.begin_solving, **_sampling(own)))
+  return dict(begin=functools.partial(queries.begin_solving, **_sampling(own, thinking=False)))
 
 
 def _annotate(config, own):
@@ -132,7 +134,8 @@ def _checklist(config, own):
 
 
 def _pass_rate(config, own):
-  return dict(begin=functools.partial(candidates.begin_pass_rate, **_sampling(own)))
+  return dict(begin=functools.partial(
+    candidates.begin_pass_rate, **_sampling(own, own['enable_thinking'])))
 
 
 def _band(config, own):
@@ -141,7 +144,8 @@ def _band(config, own):
 
 
 def _synthesise(config, own):
-  return dict(begin=functools.partial(synthesis.begin_writing, **_sampling(own)))
+  return dict(begin=functools.partial(
+    synthesis.begin_writing, **_sampling(own, own['enable_thinking'])))
 
 
 # Each stage: what makes it, and the sections of the config that decide what it does.

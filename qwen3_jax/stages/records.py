@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from etils import epath
@@ -191,12 +192,12 @@ def _query(record, solutions):
   solution, answer = record.get('solution'), record.get('answer')
   if isinstance(answer, str) and '#### ' in answer:
     solution, _, answer = answer.rpartition('#### ')
-    solution = f'{solution}The answer is {answer.strip()}.'
+    solution = f'{re.sub("<<[^>]*>>", "", solution)}The answer is {answer.strip()}.'
   if answer is None and isinstance(solution, str):
     answer = answers.find_boxed(solution)
-  reasoning = record.get('steps') or ''
-  if reasoning:
-    solution = f'The answer is {answer}.'
+  reasoning = ''
+  if _is_made(record):
+    reasoning, solution = record['steps'], f'The answer is {answer}.'
   kept = {key: value for key, value in record.items()
           if key not in ('question', 'problem', 'answer', 'solution', 'steps')}
   kept = {key: kept[key] for key in ('id', 'source') if key in kept} | dict(question=question) | (
@@ -209,8 +210,13 @@ def _query(record, solutions):
   return [kept]
 
 
+def _is_made(record):
+  """Whether it is a generated task with its steps."""
+  return record.get('kind') in tasks.KINDS and isinstance(record.get('steps'), str)
+
+
 def _chat(record):
-  if 'steps' in record:  # a generated task
+  if _is_made(record):
     answer = dict(role='assistant', content=f'The answer is {record["answer"]}.',
                   reasoning_content=record['steps'])
     record = record | dict(messages=[dict(role='user', content=record['question']), answer])
@@ -240,15 +246,19 @@ def text_of(record):
   raise ValueError(f"the record has {', '.join(record)}; wanted text, messages or a question")
 
 
-def asked_in(record):
-  """What a test item would be found in: all the words of a record that someone may have copied."""
-  if 'messages' in record:
-    return '\n\n'.join(message['content'] for message in record['messages']
-                       if message['role'] in ('user', 'assistant'))
-  return text_of(record)
-
-
 def words_of(record):
+  """All words of a record, those of its tool calls too: what may be a copy, or hold a test item."""
+  if 'messages' not in record:
+    return text_of(record)
+  parts = []
+  for message in record['messages']:
+    parts += [message.get('reasoning_content'), message['content']]
+    if calls := message.get('tool_calls'):
+      parts.append(json.dumps(calls, ensure_ascii=False))
+  return '\n\n'.join(filter(None, parts))
+
+
+def item_of(record):
   """What a test item asks; ValueError where it has none of the fields it may stand in."""
   for key in ('question', 'problem', 'prompt', 'instruction', 'text'):
     if isinstance(record.get(key), str):

@@ -8,7 +8,7 @@ from qwen3_jax.stages.records import (
   Accept,
   Reject,
   Rows,
-  asked_in,
+  item_of,
   load_line,
   text_of,
   words_of,
@@ -59,10 +59,10 @@ def begin_deduplicating(folder, **options):
   kept = duplicates.Deduplicator(**options)
   for row in Rows([folder / 'accepted.jsonl']).read(START):
     record = load_line(row[3])
-    kept.check(record['id'], asked_in(record))
+    kept.check(record['id'], words_of(record))
 
   def judge(record):
-    found = kept.check(record['id'], asked_in(record))
+    found = kept.check(record['id'], words_of(record))
     return found and (f'{found[0]} duplicate', f'similarity {found[2]:.2f} to {found[1]}')
   return each(judge)
 
@@ -71,7 +71,7 @@ def read_tests(tests):
   """(id, text) of each item in test files: its question, or the words of the user."""
   for _, name, line, data in Rows(tests).read(START):
     try:
-      yield f'{name}:{line}', words_of(load_line(data))
+      yield f'{name}:{line}', item_of(load_line(data))
     except ValueError as e:
       raise ValueError(f'{name}, line {line}: {e}; a test item has question, problem, prompt, '
                        'instruction, text or messages') from None
@@ -82,7 +82,7 @@ def begin_decontaminating(_, tests, **options):
   index = decontaminate.Index(read_tests(tests), **options)
 
   def judge(record):
-    reason = decontaminate.find_contamination(asked_in(record), index)
+    reason = decontaminate.find_contamination(words_of(record), index)
     return reason and ('contaminated', reason)
   return each(judge)
 

@@ -66,11 +66,11 @@ def test_questions_of_each_form():
 
 
 def test_a_given_solution_becomes_the_candidate():
-  gsm, math = only([dict(question='Eggs?', answer='She has 3.\n#### 3'),
+  gsm, math = only([dict(question='Eggs?', answer='She has 1+2=<<1+2=3>>3.\n#### 3'),
                     dict(problem='Area?', solution='It is $\\boxed{5}$.')],
                    kind='query', solutions=True)
   assert gsm['candidates'] == [
-    dict(reasoning='', content='She has 3.\nThe answer is 3.', finish_reason='stop')]
+    dict(reasoning='', content='She has 1+2=3.\nThe answer is 3.', finish_reason='stop')]
   assert math['candidates'][0]['content'] == 'It is $\\boxed{5}$.'
   refused, = decide([dict(problem='Area?', answer='5')], kind='query', solutions=True)
   assert refused.rule == 'no solution'
@@ -112,12 +112,38 @@ def test_chats_and_self_instruct_become_conversations():
                                                dict(input='2 2', output='4')])], kind='chat')
   assert [m['content'] for m in chat['messages']] == ['hi', 'hello'] and chat['id'] == 'f:1'
   assert (one['id'], two['id']) == ('s.0', 's.1')
-  assert records.text_of(one) == '2' and records.asked_in(two) == 'Add\n\n2 2\n\n4'
+  assert records.text_of(one) == '2' and records.words_of(two) == 'Add\n\n2 2\n\n4'
 
 
-def test_words_of_a_test_item():
-  assert records.words_of(dict(problem='p', answer='a')) == 'p'
-  assert records.words_of(dict(messages=[dict(role='user', content='u'),
+def test_item_of_a_test_item():
+  assert records.item_of(dict(problem='p', answer='a')) == 'p'
+  assert records.item_of(dict(messages=[dict(role='user', content='u'),
                                          dict(role='assistant', content='v')])) == 'u'
   with pytest.raises(ValueError, match='the record has n'):
-    records.words_of(dict(n=1))
+    records.item_of(dict(n=1))
+
+
+def test_words_of_a_chat_are_all_of_them():
+  calls = [dict(name='find', arguments=dict(city='Oslo'))]
+  record = dict(messages=[
+    dict(role='user', content='Where?'),
+    dict(role='assistant', content='', reasoning_content='I look.', tool_calls=calls),
+    dict(role='tool', content='North'), dict(role='assistant', content='In the north.')])
+  words = records.words_of(record)
+  assert all(part in words for part in ('Where?', 'I look.', 'Oslo', 'North', 'In the north.'))
+  assert records.text_of(record) == 'I look.\n\nIn the north.'
+
+
+def test_generated_tasks_bring_their_steps_where_asked_for():
+  (*_, data), = Rows(['tasks:size=1,kinds=sum,difficulty=1']).read(records.START)
+  made = json.loads(data)
+  query, = only([made], kind='query')
+  assert query['answer'] == made['answer'] and not {'steps', 'candidates'} & set(query)
+  query, = only([made], kind='query', solutions=True)
+  assert query['candidates'] == [dict(reasoning=made['steps'], finish_reason='stop',
+                                      content=f'The answer is {made["answer"]}.')]
+  chat, = only([made], kind='chat')
+  assert chat['messages'][1] == dict(role='assistant', reasoning_content=made['steps'],
+                                     content=f'The answer is {made["answer"]}.')
+  other, = only([dict(question='2+2?', answer='4', steps=['2', '4'])], kind='query')
+  assert other['answer'] == '4'
