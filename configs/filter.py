@@ -39,10 +39,7 @@ def get_config(arg):
   # None: a model in memory uses the Qwen3 report's settings of the mode, an endpoint its own.
   sampling = dict(temperature=None, top_k=None, top_p=None, min_p=None, presence_penalty=None,
                   max_tokens=None, seed=None)
-  if options:
-    prompt = '{question}'
-    sampling |= dict(temperature=0.6, top_k=20, top_p=0.95, max_tokens=160)
-  return ConfigDict(dict(
+  config = ConfigDict(dict(
     stages=STAGES[arg], skip=(), workers=None, patience=64,
     engine=dict(rows=64, thinking_budget=None),
     endpoint=dict(workers=16, tries=5, wait=1.0, timeout=600.0),
@@ -71,3 +68,18 @@ def get_config(arg):
       dict(threshold=0.9) if KINDS[arg] == 'query' else {}),
     decontaminate=dict(tests=()) | defaults(decontaminate.Index)),
     type_safe=False)
+  if options:
+    _shrink(config, arg)
+  return config
+
+
+def _shrink(config, name):
+  """For generated tasks: their steps are the cold start's candidates, and rules judge the rest."""
+  config.skip = ('judge', 'annotate', 'decontaminate')
+  config.read.solutions = name == 'cold_start'
+  config.checklist.model = None
+  config.deduplicate.threshold = 1.0  # such questions are alike by nature
+  config.guess.least = 3
+  for section in (config.solvable, config.candidates, config.pass_rate):
+    section.prompt, section.sampling.max_tokens = '{question}', 160
+  config.solvable.tries, config.solvable.sampling.max_tokens = 1, 16
