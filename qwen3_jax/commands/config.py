@@ -62,8 +62,11 @@ def apply_overrides(config, overrides):
     if not isinstance(section, ml_collections.ConfigDict) or field not in section:
       raise ValueError(_describe_typo(config, key))
     if isinstance(section[field], ml_collections.ConfigDict):
+      if text == 'None':
+        section[field] = None
+        continue
       fields = ', '.join(f'config.{key}.{each}' for each in section[field])
-      raise ValueError(f'config.{key} is a section; set one of its fields: {fields}')
+      raise ValueError(f'config.{key} is a section; set one of its fields: {fields}, or None')
     section[field] = _read_value(f'config.{key}', text, section.get_type(field))
 
 

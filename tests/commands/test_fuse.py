@@ -1,4 +1,4 @@
-"""python -m qwen3_jax fuse: from queries, a model and chats to the mixed set that fusion trains on."""
+"""python -m qwen3_jax fuse: from queries, a model and chats to the mixed set of both modes."""
 import json
 
 import pytest
@@ -47,15 +47,18 @@ def chats(tmp_path):
     question = f'{names[k % 15]} walks to the {places[k % 8]} number {k}. What does she eat there?'
     return dict(messages=[dict(role='user', content=question),
                           dict(role='assistant', content=answer)])
-  rows = [row(k, f'In the {places[k % 8]} {names[k % 15]} eats apple number {k}.') for k in range(60)]
-  rows += [row(60, 'A pear, nothing else.'), row(61, '<think> hm </think> An apple.'), row(62, ' ')]
+  rows = [row(k, f'In the {places[k % 8]} {names[k % 15]} eats apple number {k}.')
+          for k in range(60)]
+  rows += [row(60, 'A pear, nothing else.'), row(61, '<think> hm </think> An apple.'),
+           row(62, ' ')]
   return write(tmp_path / 'chats.jsonl', rows)
 
 
 def fuse(tmp_path, url, *more):
   return main(['fuse', f'--model={url}', f'--judge={url}', f'--queries={SPEC}',
-               f'--plain={chats(tmp_path)}', f'--workdir={tmp_path}/out', '--config.mix.heldout=0.1',
-               '--config.thinking.candidates.n=1', '--config.thinking.guess.least=3', *more])
+               f'--plain={chats(tmp_path)}', f'--workdir={tmp_path}/out',
+               '--config.mix.heldout=0.1', '--config.thinking.candidates.n=1',
+               '--config.thinking.guess.least=3', *more])
 
 
 def test_both_modes_are_filtered_and_mixed(tmp_path, capsys):
