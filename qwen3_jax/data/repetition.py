@@ -130,7 +130,7 @@ def _find_passages(text, share, window, often):
     return None
   if not _is_prose(' '.join(words[i] for i in np.flatnonzero(covered)), 4 * window):
     return None
-  start = order[first[groups.argmax()]]
+  start = order[first[groups == most]].min()  # the hashes, so their order, differ by process
   passage = ' '.join(words[start:start + window])
   return f'repeats a {window}-word passage {most} times ({part:.0%} said before): {passage[:60]!r}'
 
