@@ -105,7 +105,7 @@ def _find_foreign_script(prose, scripts, total, expected, wanted):
       own.add('Japanese') if 'Chinese' in own else None
   own = own.union(*(_TOGETHER.get(name, ()) for name in own))
   unquoted = None
-  for name in scripts.keys() - own:
+  for name in sorted(scripts.keys() - own):
     unquoted = _MENTION.sub(' · ', prose) if unquoted is None else unquoted
     found = _find_run(unquoted, name)
     if found:
@@ -154,7 +154,7 @@ def find_languages(text, letters=40, confidence=0.9):
   """
   prose = _NOT_PROSE.sub(' ', text)
   parts = re.split(r'\n+', prose) + [run[0] for run in _run_pattern('Latin').finditer(prose)]
-  for name in _count(prose).keys() - {'Latin'} if not prose.isascii() else ():
+  for name in sorted(_count(prose).keys() - {'Latin'}) if not prose.isascii() else ():
     parts += [run[0] * (8 if name in _DENSE else 1) for run in _run_pattern(name).finditer(prose)]
   found = (identify(part) for part in parts if len(part) >= letters)
   return {language for language, probability in found if probability >= confidence}
