@@ -215,8 +215,9 @@ def _find_parts(question, also):
   extra = also and _AND_ALSO.search(question)
   if extra:
     return f'several questions: {" ".join(extra[0].split())!r}'
-  asks = [ask for ask in re.findall(r'[^.?!？。！]*[?？]', question)
-          if _ASK.search(ask) and len(_WORD.findall(ask)) >= 4]
+  sentences = re.split(r'(?<=[.?!？。！])', question) if {'?', '？'} & set(question) else []
+  asks = [ask for ask in sentences
+          if ask.endswith(('?', '？')) and _ASK.search(ask) and len(_WORD.findall(ask)) >= 4]
   again = asks and re.match(r'\s*(?:that is|in other words|i\.e)\b', asks[-1], re.IGNORECASE)
   return f'{len(asks)} questions' if len(asks) - bool(again) > 1 else None
 
