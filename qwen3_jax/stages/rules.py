@@ -43,11 +43,22 @@ def begin_cleaning(_, repetitions, mixing):
   """
   def judge(record):
     text = text_of(record)
+    asked = '\n\n'.join(message['content'] for message in record.get('messages', ())
+                        if message['role'] != 'assistant')
     for rule, reason in (('repetition', repetition.find_repetition(text, **repetitions)),
-                         ('language mixing', languages.find_mixing(text, **mixing))):
+                         ('language mixing', find_mixing(text, asked, mixing))):
       if reason:
         return rule, reason
   return each(judge)
+
+
+def find_mixing(text, asked, options):
+  """`languages.find_mixing`, but the languages of `asked`, the request, may occur too."""
+  reason = languages.find_mixing(text, **options)
+  if reason and asked:
+    allowed = (*options.get('allowed', ()), *sorted(languages.find_languages(asked)))
+    reason = languages.find_mixing(text, **options | dict(allowed=allowed))
+  return reason
 
 
 def begin_deduplicating(folder, **options):
@@ -117,7 +128,7 @@ class Faults:
         ('repetition', functools.partial(repetition.find_repetition, whole, **self.repetitions)),
         ('guess', functools.partial(filters.find_guess, worked, stated, **self.guess)),
         ('inconsistent', functools.partial(filters.find_inconsistency, reasoning, content)),
-        ('language mixing', functools.partial(languages.find_mixing, whole, **self.mixing)),
+        ('language mixing', functools.partial(find_mixing, whole, record['question'], self.mixing)),
         ('close to validation', lambda: self.index and filters.find_similar(
           whole, self.index, **self.similar))):
       if reason := find():

@@ -1,6 +1,9 @@
 """python -m qwen3_jax filter: the pipelines from end to end, with an endpoint and with a model."""
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -229,3 +232,18 @@ def test_a_served_model_may_move_but_not_change(tmp_path):
     return next(stage.options for stage in made if stage.name == 'pass_rate')
   assert options('http://a/v1#m') == options('http://b/v1#m') != options('http://a/v1#n')
   assert options('http://a/v1') != options('http://b/v1')
+
+
+def test_reasons_do_not_depend_on_the_process(tmp_path):
+  """Python hashes words differently in each process; a run that is continued must not."""
+  line = 'the {} cat of the old miller sat on the wide red wall beside the {} barn and slept; '
+  names = ('grey', 'big'), ('black', 'low'), ('lame', 'new')
+  text = ''.join(line.format(*pair) * 3 for pair in names)
+  source = write(tmp_path / 'in.jsonl', [dict(text=text)])
+  for seed in '123':
+    command = [sys.executable, '-m', 'qwen3_jax', 'filter', '--config=configs/filter.py:text',
+               f'--input={source}', f'--workdir={tmp_path}/{seed}', '--skip=decontaminate']
+    subprocess.run(command, check=True, capture_output=True, cwd=configs.ROOT,
+                   env=os.environ | dict(PYTHONHASHSEED=seed))
+  one, two, three = ((tmp_path / seed / '2_rules/rejected.jsonl').read_bytes() for seed in '123')
+  assert one == two == three and b'repeats a 12-word passage' in one

@@ -227,6 +227,16 @@ def test_texts_are_cleaned():
   assert isinstance(fine, Accept) and loop.rule == 'repetition'
 
 
+def test_the_language_of_the_request_may_occur():
+  english = 'The answer is that the two words mean the same thing, but one of them is older.'
+  russian = 'Объясни мне по-английски, почему эти два слова сегодня значат одно и то же.'
+  text = f'{english}\n\nYou wrote: {russian}\n\n{english}'
+  chat = [dict(role='user', content=russian), dict(role='assistant', content=text)]
+  decide = rules.begin_cleaning(None, {}, {})
+  asked, unasked = decide([dict(id='a', messages=chat), dict(id='b', text=text)])
+  assert isinstance(asked, Accept) and unasked.rule == 'language mixing'
+
+
 def test_duplicates_are_found_after_a_restart_too(tmp_path):
   (tmp_path / 'accepted.jsonl').write_text(json.dumps(dict(id='old', text=GOOD)) + '\n')
   decide = rules.begin_deduplicating(tmp_path, threshold=0.8)
