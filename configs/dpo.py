@@ -12,8 +12,8 @@ def get_config(arg):
   config = preference('dpo', arg, 'dpo', beta=0.1, reference=None)
   if config.model.layers == 4:
     config.optim.update(dict(schedule='linear', peak_lr=3e-4))
-    config.data.sources = ((f'{PAIRS},size=6000', 1.0),)
-    config.data.heldout = (f'{PAIRS},size=600',)
+    config.data.sources = ((f'{PAIRS},size=2500', 1.0),)
+    config.data.heldout = (f'{PAIRS},size=400',)
   else:
     config.data.length, config.data.batch = 8192, 16
     config.optim.update(dict(schedule='linear', peak_lr=7e-7, warmup=100))
