@@ -240,10 +240,10 @@ def test_reasons_do_not_depend_on_the_process(tmp_path):
   names = ('grey', 'big'), ('black', 'low'), ('lame', 'new')
   text = ''.join(line.format(*pair) * 3 for pair in names)
   source = write(tmp_path / 'in.jsonl', [dict(text=text)])
-  for seed in '123':
+  for seed in '12':
     command = [sys.executable, '-m', 'qwen3_jax', 'filter', '--config=configs/filter.py:text',
                f'--input={source}', f'--workdir={tmp_path}/{seed}', '--skip=decontaminate']
     subprocess.run(command, check=True, capture_output=True, cwd=configs.ROOT,
                    env=os.environ | dict(PYTHONHASHSEED=seed))
-  one, two, three = ((tmp_path / seed / '2_rules/rejected.jsonl').read_bytes() for seed in '123')
-  assert one == two == three and b'repeats a 12-word passage' in one
+  one, two = ((tmp_path / seed / '2_rules/rejected.jsonl').read_bytes() for seed in '12')
+  assert one == two and b'repeats a 12-word passage' in one

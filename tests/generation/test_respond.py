@@ -26,7 +26,7 @@ OTHER = [dict(role='user', content='a lazy dog')]
 
 @pytest.fixture(scope='module')
 def local(model, tokenizer):
-  return Engine(model, tokenizer, rows=4)
+  return Engine(model, tokenizer, rows=2)  # one shape for all calls
 
 
 def test_engine_draws_by_conversation_and_try(local):
@@ -35,9 +35,10 @@ def test_engine_draws_by_conversation_and_try(local):
   (one, two), (three, four) = local.respond([ASK, OTHER], 2, sampling)
   assert len({one.text, two.text, three.text, four.text}) == 4
   assert local.respond([OTHER, ASK], 1, sampling) == [[three], [one]]
-  assert local.respond([ASK], 1, sampling, first=1) == [[two]]
+  assert local.respond([ASK, OTHER], 1, sampling, first=1) == [[two], [four]]
   assert local.respond([], 2) == []
-  out, = engine.generate(local.decoder, local.tokenizer, [ASK], sampling, seeds=[seed_of(ASK, 0)])
+  out, _ = engine.generate(local.decoder, local.tokenizer, [ASK, ASK], sampling,
+                           seeds=[seed_of(ASK, 0), 5])
   assert (one.text, one.finish_reason) == (out.text, out.finish_reason)
 
 

