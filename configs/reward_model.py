@@ -11,8 +11,8 @@ from qwen3_jax.stages.defaults import PAIRS, preference
 def get_config(arg):
   config = preference('reward_model', arg, 'reward', centre=None)
   if config.model.layers == 4:
-    config.optim.update(dict(schedule='linear', peak_lr=2e-3))
-    config.data.sources = ((f'{PAIRS},size=12000', 1.0),)
+    config.optim.update(dict(schedule='linear', peak_lr=1.5e-3))
+    config.data.sources = ((f'{PAIRS},size=8000', 1.0),)
     config.data.heldout = (f'{PAIRS},size=600',)
   else:
     config.data.length, config.data.batch = 4096, 16

@@ -184,8 +184,8 @@ def test_micro_batches_add_up_to_one_batch(models, rewarder, batch, name):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize('name', ['dpo', 'reward'])
-@pytest.mark.parametrize('shape', [dict(fsdp=2, tensor=2), dict(context=2, data=2)], ids=str)
+@pytest.mark.parametrize('name, shape', [('dpo', dict(fsdp=2, tensor=2)),
+                                         ('reward', dict(context=2, data=2))], ids=str)
 def test_on_a_mesh_equals_alone(models, rewarder, batch, name, shape):
   loss, model = (DPO, models['dense']) if name == 'dpo' else (preference.bradley_terry, rewarder)
   want, want_values = one_step(loss, model, batch, 1)
@@ -200,12 +200,13 @@ def test_on_a_mesh_equals_alone(models, rewarder, batch, name, shape):
 
 
 def test_mixture_of_experts_is_balanced_beside_the_loss(models, batch):
-  def run(**terms):
-    return one_step(functools.partial(DPO, **terms), models['moe'], batch, 2)
-  plain, values = run()
-  balanced, more = run(balance=0.5, router_z=0.1)
-  np.testing.assert_allclose(more['loss'], values['loss'], rtol=1e-6)
-  assert more['balance'] > 0.9 and any(np.abs(a - b).max() > 1e-4 for a, b in zip(plain, balanced))
+  totals = dict(total_pairs=10.0, total_tokens=float((batch['segment_BT'] > 0).sum()))
+  @jax.jit
+  def run(balance, router_z):
+    return DPO(models['moe'], batch | totals, balance=balance, router_z=router_z)
+  (plain, sums), (balanced, _) = run(0.0, 0.0), run(0.5, 0.1)
+  np.testing.assert_allclose(plain, preference.report(sums)['loss'], rtol=1e-6)
+  assert balanced > plain + 0.4 and sums['count_LE'].sum() > 0
 
 
 FLOAT64 = """
