@@ -1,8 +1,9 @@
 """Turns a trained model into a Hugging Face folder, and back.
 
 --from takes a Hugging Face folder, the workdir of a training run, or that of a recipe (its last
-stage). The Hugging Face folder that is written holds safetensors, config.json and the tokenizer's
-files, and transformers loads it. --as run writes what a training run leaves instead: a workdir with
+stage); the adapters of a LoRA run are merged into the model they were trained on. The Hugging Face
+folder that is written holds safetensors, config.json and the tokenizer's files, and transformers
+loads it. --as run writes what a training run leaves instead: a workdir with
 one checkpoint of the weights, for --init and --model (which read Hugging Face folders too).
 Nothing half-written is left: --to appears when everything is in it.
 
