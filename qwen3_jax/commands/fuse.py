@@ -65,6 +65,10 @@ def build(config, workdir, model, judge=None, queries=(), plain=(), translation=
   for name, part, inputs in parts:
     print(f'-- {name}', flush=True)
     code = filters.run(part, inputs, workdir / name, dict(generator=model, judge=judge)) or code
+    accepted = json.loads((workdir / name / 'report.json').read_text())['stages'][-1]['accepted']
+    if not accepted and not code:
+      raise ValueError(f'no {name} record is left; the rejected.jsonl in the folders of '
+                       f'{workdir / name} say why: give a better model or other data')
   if code:
     print('nothing is mixed while records have failed; run again')
     return code
@@ -82,10 +86,11 @@ def mix(config, workdir, names):
   rates = dict(config.mix)
   wanted, share = rates.pop('size'), rates.pop('heldout')
   counts = {}
-  for file, split in (('heldout', 'heldout'), ('fused', 'train')):
+  parts = (('heldout', 'heldout'), ('fused', 'train')) if share else (('fused', None),)
+  for file, split in parts:
     pools = {name: conversations.read(str(workdir / name / report['output']), split, share)
              for name, report in reports.items()}
-    size = wanted and round(wanted * (share if split == 'heldout' else 1 - share))
+    size = wanted and max(1, round(wanted * (share if split == 'heldout' else 1 - share)))
     size = size or fusion.fit({name: len(pool) for name, pool in pools.items()}, **rates)
     counts[file] = fusion.Counts()
     new = workdir / f'{file}.jsonl.new'

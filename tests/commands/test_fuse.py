@@ -115,3 +115,20 @@ def test_what_is_missing_is_said_before_any_work(tmp_path, capsys):
   assert main(['fuse', f'--queries={SPEC}', '--plain=x', f'--workdir={tmp_path}/out',
                '--config.mix.flag_rat=1']) == 78
   assert 'did you mean config.mix.flag_rate?' in capsys.readouterr().err
+
+
+def test_a_model_that_is_never_right_ends_in_one_sentence(tmp_path, capsys):
+  def wrong(body, number):
+    if 'points' in body['messages'][-1]['content'].lower():
+      return play(body, number)
+    return 200, dict(content='The answer is 10000.', reasoning_content='So it is.')
+  with serve(wrong) as (url, _):
+    assert fuse(tmp_path, url) == 2
+  assert 'no thinking record is left; the rejected.jsonl' in capsys.readouterr().err
+
+
+def test_without_a_held_out_share_there_is_one_file(tmp_path):
+  with serve(play) as (url, _):
+    assert fuse(tmp_path, url, '--config.mix.heldout=0.0', '--config.mix.size=30') == 0
+  assert len(read(tmp_path / 'out/fused.jsonl')) == 30
+  assert not (tmp_path / 'out/heldout.jsonl').exists()

@@ -1,4 +1,4 @@
-"""The recipe through the command line: three stages, a report, interrupted and run again."""
+"""The recipe through the command line: its stages, a report, interrupted and run again."""
 import json
 import shutil
 import signal
@@ -14,17 +14,23 @@ from qwen3_jax.__main__ import main
 from qwen3_jax.training import metrics
 
 REPO = Path(__file__).resolve().parents[2]
-STAGES = 's1', 's2', 's3'
+STAGES = 's1', 's2', 's3', 'cold_start'
+TASKS = 'tasks:kinds=chain,difficulty=1,size=80'
 
 
 @pytest.fixture(scope='module')
 def settings(smallest):
-  """Function from a workdir to the arguments of a recipe of three stages of six steps."""
+  """Function from a workdir to the arguments of a recipe of four stages of six steps."""
   def one(workdir):
-    arguments = ['recipe', '--config=configs/recipe.py:tiny', f'--workdir={workdir}']
+    arguments = ['recipe', '--config=configs/recipe.py:tiny', f'--workdir={workdir}',
+                 '--until=cold_start']
     for stage in STAGES:
       own = dict(steps=6, save_every=2, evaluate_every=3)
       own |= dict(data__length=128, data__batch=2, data__length_mix=None) if stage == 's3' else {}
+      if stage == 'cold_start':
+        own |= dict(data__sources=None, data__heldout=(TASKS,), data__length=160,
+                    measure__count=4, measure__flags=4, measure__budgets=(4,),
+                    measure__max_tokens=8, prepare__inputs__input=(TASKS,))
       arguments += [f'--set={stage}.{o.removeprefix("--config.")}' for o in smallest(**own)]
     return arguments
   return one
@@ -35,7 +41,7 @@ def weights(workdir):
   from jax import tree
 
   from qwen3_jax.stages import load
-  return [np.asarray(x) for x in tree.leaves(load.load(workdir / 's3', dtype=None))]
+  return [np.asarray(x) for x in tree.leaves(load.load(workdir / 'cold_start', dtype=None))]
 
 
 def test_plan_and_typos(settings, tmp_path, capsys):
@@ -43,8 +49,9 @@ def test_plan_and_typos(settings, tmp_path, capsys):
   plan = capsys.readouterr().out
   assert 'from random weights' in plan and f'from {tmp_path}/s2' in plan
   assert 'RoPE base 1,000,000' in plan and not any(tmp_path.iterdir())
+  assert 'cold_start: 6 steps x 4 x 160' in plan and 'data made by filter' in plan
   assert main([*settings(tmp_path), '--until=s4']) == 2
-  assert 'there are s1, s2, s3' in capsys.readouterr().err
+  assert 'there are s1, s2, s3, cold_start, fusion' in capsys.readouterr().err
   assert main([*settings(tmp_path), '--set=s1.stepz=3']) == 2
   assert 'config.steps' in capsys.readouterr().err
 
@@ -76,6 +83,9 @@ def test_killed_anywhere_it_ends_the_same(settings, tmp_path):
     lines = [[(x['step'], x['loss'], x.get('heldout_loss')) for x in metrics.read(folder / stage)]
              for folder in (whole, killed)]
     assert lines[0] == lines[1] and [step for step, *_ in lines[0]] == [1, 2, 3, 4, 5, 6]
-  assert json.loads((whole / 's3/samples.json').read_text()) == json.loads(
-      (killed / 's3/samples.json').read_text())
+  for made in ('s3/samples.json', 's3/probe.json', 'cold_start/samples.json',
+               'cold_start/modes.json', 'cold_start/data/report.json'):
+    assert json.loads((whole / made).read_text()) == json.loads((killed / made).read_text()), made
+  page = (whole / 'report.html').read_text()
+  assert 'Both modes' in page and 'Cold start' in page and 'exact duplicate' in page
   shutil.rmtree(whole)
