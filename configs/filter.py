@@ -75,11 +75,12 @@ def get_config(arg):
 
 def _shrink(config, name):
   """For generated tasks: their steps are the cold start's candidates, and rules judge the rest."""
-  config.skip = ('judge', 'annotate', 'decontaminate')
+  config.skip = ('judge', 'solvable', 'annotate', 'decontaminate')
   config.read.solutions = name == 'cold_start'
   config.checklist.model = None
   config.deduplicate.threshold = 1.0  # such questions are alike by nature
   config.guess.least = 3
+  config.candidates.n = 1
   for section in (config.solvable, config.candidates, config.pass_rate):
-    section.prompt, section.sampling.max_tokens = '{question}', 160
-  config.solvable.tries, config.solvable.sampling.max_tokens = 1, 16
+    section.prompt = '{question}'
+    section.sampling.update(dict(temperature=0.6, top_k=20, top_p=0.95, max_tokens=160))

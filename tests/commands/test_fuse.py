@@ -54,10 +54,10 @@ def chats(tmp_path):
   return write(tmp_path / 'chats.jsonl', rows)
 
 
-def fuse(tmp_path, url, *more):
+def fuse(tmp_path, url, *more, heldout=0.1):
   return main(['fuse', f'--model={url}', f'--judge={url}', f'--queries={SPEC}',
                f'--plain={chats(tmp_path)}', f'--workdir={tmp_path}/out',
-               '--config.mix.heldout=0.1', '--config.thinking.candidates.n=1',
+               f'--config.mix.heldout={heldout}', '--config.thinking.candidates.n=1',
                '--config.thinking.guess.least=3', *more])
 
 
@@ -129,6 +129,6 @@ def test_a_model_that_is_never_right_ends_in_one_sentence(tmp_path, capsys):
 
 def test_without_a_held_out_share_there_is_one_file(tmp_path):
   with serve(play) as (url, _):
-    assert fuse(tmp_path, url, '--config.mix.heldout=0.0', '--config.mix.size=30') == 0
+    assert fuse(tmp_path, url, '--config.mix.size=30', heldout=0.0) == 0
   assert len(read(tmp_path / 'out/fused.jsonl')) == 30
   assert not (tmp_path / 'out/heldout.jsonl').exists()
