@@ -90,7 +90,8 @@ def test_same_arguments_same_set_and_pools_are_used_evenly():
   assert fused(50) == fused(50) != fused(50, seed=1)
   made = fused(120, turns_rate=0.0, thinking_share=0.5, flag_rate=0.0, system_rate=0.0)
   used = [r['id'] for r in made if r['kind'] == 'thinking']
-  assert len(used) > 30 and len(set(used[:60])) == len(used[:60])  # each once before any comes again
+  # Each once before any comes again.
+  assert len(used) > 30 and len(set(used[:60])) == len(used[:60])
   assert THINKING == records('add', 60, True)  # the sources are untouched
 
 
