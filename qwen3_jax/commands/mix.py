@@ -73,14 +73,18 @@ def run(config, inputs, workdir):
 
 
 def claim(workdir, config, inputs):
-  """Writes what the run is into its workdir; ValueError where another's trials lie there."""
+  """Writes what the run is into its workdir; ValueError where another's trials lie there.
+
+  Only the number of final `seeds` may change: more of them make the comparison surer.
+  """
   from qwen3_jax.stages import records
   what = json.loads(configs.to_json(dict(
     config=config.to_dict(), input=records.Rows(inputs).describe(),
     heldout=records.Rows(config.heldout.files).describe())))
   path = workdir / 'config.json'
   if path.exists() and (workdir / 'trials.jsonl').exists():
-    other = configs.diff(json.loads(path.read_text()), what)
+    other = [line for line in configs.diff(json.loads(path.read_text()), what)
+             if not line.startswith('config.config.seeds:')]
     if other:
       raise ValueError(f'{workdir} holds the trials of another run ({"; ".join(other[:4])}). Use '
                        'the same settings and files to continue it, or another --workdir')
