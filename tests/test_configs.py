@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 from pathlib import Path
 
 import ml_collections
@@ -9,7 +10,7 @@ import pytest
 from etils import epath
 
 from qwen3_jax.commands import config as configs
-from qwen3_jax.commands import train
+from qwen3_jax.commands import evaluate, train
 from qwen3_jax.spec import RELEASED, Spec
 from qwen3_jax.stages import load
 from qwen3_jax.stages.defaults import RECIPES
@@ -122,6 +123,22 @@ def test_each_key_is_read(smallest, tmp_path, quick_compilation):
   assert last['balance'] > 0 and last['router_z'] > 0 and last['expert_peak'] >= 1
   assert set(config.model) == {field.name for field in dataclasses.fields(Spec)}
   assert set(config.model) - attributes_read() == set()
+
+
+def test_each_key_of_fine_tuning_is_read(smallest, tmp_path, quick_compilation):
+  """The same for a supervised stage that makes its data; `measure` goes to `evaluate.run` whole."""
+  tasks = 'tasks:kinds=chain,difficulty=1,size=40'
+  config = configs.load_config('configs/cold_start.py:tiny', smallest(
+    steps=None, epochs=1, data__sources=None, data__heldout=(tasks,), data__length=160,
+    prepare__inputs__input=(tasks,), optim__warmup=1))
+  assert set(config.measure) <= set(inspect.signature(evaluate.run).parameters)
+  keys = {key for key in configs.flatten(config.to_dict())
+          if not key.startswith(('model.', 'measure.'))}
+  recorded = record(config)
+  Recorded.read.clear()
+  assert train.train(recorded, epath.Path(tmp_path)) == 0
+  unused = {'data.tokenizer_size'}  # a tokenizer is given
+  assert keys - Recorded.read - unused <= {'lora.alpha', 'lora.targets'}
 
 
 def test_each_key_of_the_recipe_is_read():

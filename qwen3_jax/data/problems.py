@@ -310,6 +310,21 @@ def _coin(rng, d):
   return f'A coin shows {start}. {". ".join(told)}. {question}', steps, side
 
 
+def _compass(rng, d):
+  """Turns to the left, to the right and around."""
+  sides, turns = ('north', 'east', 'south', 'west'), {'right': 1, 'around': 2, 'left': 3}
+  side = rng.randrange(4)
+  start, steps, told = sides[side], [], []
+  for _ in range(rng.randint(2, 2 + d)):
+    turn = rng.choice(sorted(turns))
+    side = (side + turns[turn]) % 4
+    told.append(turn)
+    steps.append(f'{turn}: {sides[side]}.')
+  question = rng.choice(('Which way do you face now?', 'Where do you look then?',
+                         'Which direction is it now?'))
+  return f'You face {start}. You turn {", ".join(told)}. {question}', steps, sides[side]
+
+
 def _path(rng, d):
   """Roads, in any order, of which some lead on from one another."""
   stops = rng.sample(string.ascii_uppercase, 2 * d + 4)
@@ -329,5 +344,5 @@ KINDS = {
   'compare': _compare, 'reverse': _reverse, 'count': _count, 'alphabetize': _alphabetize,
   'sort': _sort, 'extreme': _extreme, 'sum': _sum, 'filter': _filter, 'sequence': _sequence,
   'story': _story, 'shopping': _shopping, 'travel': _travel, 'chain': _chain,
-  'coin': _coin, 'path': _path,
+  'coin': _coin, 'compass': _compass, 'path': _path,
 }

@@ -8,7 +8,7 @@ from qwen3_jax.generation import engine
 from qwen3_jax.generation.sampling import Sampling
 from qwen3_jax.stages import load
 
-CHATS = 'tasks:kinds=chain+coin+path,difficulty=1-2,size=100'
+CHATS = 'tasks:kinds=chain+coin+compass,difficulty=1,size=100'
 CHARACTERS = 160  # of a held-out document, as the prompt
 
 

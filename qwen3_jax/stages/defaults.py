@@ -12,7 +12,7 @@ TINY = dict(
              tied=True, max_position=1024, stop_ids=(), experts=16, chosen=4, expert_mlp=96))
 
 # What the tiny models learn to reason about: problems that a few minutes suffice for.
-REASONING = 'tasks:kinds=chain+coin+path,difficulty=1-2'
+REASONING = 'tasks:kinds=chain+coin+compass,difficulty=1'
 PAIRS = REASONING.replace('tasks', 'pairs', 1)  # the same solved right, and wrong
 
 # Peak learning rate and rows of 4,096 tokens a step. Qwen's are unpublished (they come from scaling

@@ -81,6 +81,12 @@ def solve(kind, question):
     sides = ('heads', 'tails')
     start = sides.index(re.search(r'heads|tails', question)[0])
     return sides[(start + question.count('turns it over')) % 2]
+  if kind == 'compass':
+    sides = ('north', 'east', 'south', 'west')
+    turned = sum(dict(right=1, around=2, left=-1)[turn]
+                 for turn in re.search(r'turn (.*?)\.', question)[1].split(', '))
+    start = sides.index(re.search(r'face (\w+)', question)[1])
+    return sides[(start + turned) % 4]
   if kind == 'path':
     roads = dict(re.findall(r'([A-Z]) to ([A-Z])', question))
     place = re.search(r'(?:Start at|get from) ([A-Z])', question)[1]
@@ -112,7 +118,7 @@ def test_every_equation_of_the_steps_holds(kind):
         assert eval(left) == int(right), text  # only digits and operators get here
         seen += 1
   assert seen or kind in ('compare', 'reverse', 'count', 'alphabetize', 'sort', 'extreme', 'filter',
-                          'coin', 'path')
+                          'coin', 'compass', 'path')
 
 
 def test_pure_function_of_its_arguments():
