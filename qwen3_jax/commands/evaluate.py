@@ -5,7 +5,7 @@ sampled as the Qwen3 report does it (temperature 0.6, top-p 0.95, top-k 20), the
 0.8; each accuracy has its 95 % interval. The result is shown, and written as JSON where --to says.
 
 Examples:
-  python -m qwen3_jax evaluate --model=runs/tiny --tasks=tasks:kinds=chain+coin+path,difficulty=1-2
+  python -m qwen3_jax evaluate --model=runs/tiny --tasks=tasks:kinds=chain+coin+compass,difficulty=1
   python -m qwen3_jax evaluate --model=Qwen3-0.6B --count=200 --budgets=0,128,512 --to=modes.json
 """
 import json

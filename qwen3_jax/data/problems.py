@@ -315,7 +315,7 @@ def _compass(rng, d):
   sides, turns = ('north', 'east', 'south', 'west'), {'right': 1, 'around': 2, 'left': 3}
   side = rng.randrange(4)
   start, steps, told = sides[side], [], []
-  for _ in range(rng.randint(2, 2 + d)):
+  for _ in range(rng.randint(3, 4 + d)):
     turn = rng.choice(sorted(turns))
     side = (side + turns[turn]) % 4
     told.append(turn)
