@@ -45,7 +45,7 @@ def pretraining(stage, arg, tokens):
       # 2025, "LoRA Without Regret"). Targets None: see `model.lora.choose_targets`.
       lora=dict(rank=None, alpha=32.0, targets=None),
       steps=tokens // (rows * 4096), save_every=1000, keep=3, evaluate_every=1000,
-      data=dict(sources=None, heldout=(), batch=rows, length=4096, length_mix=None,
+      data=dict(sources=None, weights=(), heldout=(), batch=rows, length=4096, length_mix=None,
                 heldout_batches=8, tokenizer=None, tokenizer_size=2048 if small else None),
       optim=dict(schedule='constant', peak_lr=peak, warmup=2000, final=0.1, decay=0.2, b1=0.9,
                  b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)), type_safe=False)
@@ -67,6 +67,7 @@ def supervised(stage, arg, tiny_steps):
   small = config.model.layers == 4
   config.method, config.model.rope_theta = 'sft', 1e6
   config.epochs, config.steps = (None, tiny_steps) if small else (2, None)
+  del config.data.weights  # of documents
   config.prepare = None  # see commands.prepare
   config.measure = dict(tasks='tasks', count=512, flags=256, budgets=(0, 256, 1024, 4096),
                         max_tokens=8192)
@@ -96,7 +97,7 @@ def preference(stage, arg, method, **own):
   small = config.model.layers == 4
   config.method, config.model.rope_theta = method, 1e6
   config.update(own)
-  del config.data.length_mix
+  del config.data.length_mix, config.data.weights
   config.data.update(dict(keep_whole=32, tokenizer_size=None, heldout_batches=16))
   config.epochs, config.steps = 1, None
   if small:

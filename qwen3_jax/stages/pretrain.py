@@ -1,11 +1,13 @@
 """Pretraining stages S1, S2, S3: packed text and next-token loss; a stage is two functions."""
 import functools
+import json
 import re
 
 import jax.numpy as jnp
+from etils import epath
 
 from qwen3_jax import mesh as alphabet
-from qwen3_jax.data import mixture, packing, sources
+from qwen3_jax.data import mixture, packing, sources, weighting
 from qwen3_jax.model import transformer
 from qwen3_jax.stages import load
 from qwen3_jax.stages.run import check_vocabulary, compute_dtype, train
@@ -47,12 +49,27 @@ def open_documents(config, tokenizer, split):
   parts = []
   for spec, share in source_shares(config):
     source = sources.open_source(spec, split)
+    if split == 'train' and spec in (weights := dict(data.weights)):
+      source = weigh(source, sources.open_source(spec), weights[spec])
     if data.length_mix and split == 'train':
       views = mixture.length_mix(source, encode, data.length, data.length_mix)
       parts += [(view, share * part) for view, part in views]
     else:
       parts.append((source, share))
   return mixture.mixture(parts, config.seed, encode)
+
+
+def weigh(source, whole, path):
+  """The documents of `source`, each as often as the lines of `path` say (see the command `mix`).
+
+  `whole` is the source with its held-out part, which has a line for each document, in order.
+  """
+  weights = [json.loads(line)['weight'] for line in epath.Path(path).read_text().splitlines()]
+  if len(weights) != len(whole):
+    raise ValueError(f'{path} has {len(weights)} weights, {whole.name} has {len(whole)} documents; '
+                     'they must be those that `mix` weighed, in their order')
+  of = dict(zip(whole.hashes.tolist(), weights))
+  return weighting.weighted(source, [of[key] for key in source.hashes.tolist()])
 
 
 def make_loader(config, tokenizer, mesh):

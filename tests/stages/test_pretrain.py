@@ -12,6 +12,7 @@ from etils import epath
 from qwen3_jax import mesh as alphabet
 from qwen3_jax.commands import config as configs
 from qwen3_jax.commands import train
+from qwen3_jax.data import sources
 from qwen3_jax.model import transformer
 from qwen3_jax.stages import load, pretrain
 from qwen3_jax.stages.run import first_state
@@ -164,3 +165,24 @@ def test_sources_of_another_form_are_refused(given):
     config.data.sources = given
   with pytest.raises(ValueError, match='want pairs of a source and its share'):
     pretrain.source_shares(config)
+
+
+def test_weights_of_documents_set_how_often_they_come(smallest, tmp_path):
+  """As `mix` writes them: a line a document, held-out ones too; the loader reads by weight."""
+  config = configs.load_config('configs/s1.py:tiny', smallest())
+  (spec, _), = pretrain.source_shares(config)
+  whole = sources.open_source(spec)
+  weights = [5.0 if i % 4 == 0 else 0.5 for i in range(len(whole))]
+  path = tmp_path / 'weights.jsonl'
+  path.write_text(''.join(json.dumps(dict(id=i, weight=w)) + '\n' for i, w in enumerate(weights)))
+  config = configs.load_config('configs/s1.py:tiny', smallest(data__weights=((spec, str(path)),)))
+  documents = pretrain.open_documents(config, Tokenizer(config.data.tokenizer), 'train')
+  heavy = {whole[i] for i in range(0, len(whole), 4)}
+  drawn = [documents[i][1] for i in range(4000)]
+  train = sources.open_source(spec, 'train')
+  share = sum(train[i] in heavy for i in range(len(train))) / len(train)
+  want = share * 5 / (share * 5 + (1 - share) * 0.5)
+  assert np.mean([text in heavy for text in drawn]) == pytest.approx(want, abs=0.02)
+  path.write_text('{"weight": 1}\n')
+  with pytest.raises(ValueError, match='has 1 weights, .* has 400 documents'):
+    pretrain.open_documents(config, Tokenizer(config.data.tokenizer), 'train')
