@@ -160,3 +160,18 @@ def test_without_data_the_command_says_what_to_give(tmp_path, capsys, straight):
   code = main(['train', '--config=configs/cold_start.py:8b', f'--workdir={tmp_path}',
                f'--tokenizer={straight}/tokenizer'])
   assert code == 2 and 'config.data.sources is None' in capsys.readouterr().err
+
+
+def test_evaluate_measures_a_run_and_refuses_nonsense(straight, tmp_path, capsys):
+  arguments = ['evaluate', f'--model={straight}', '--count=3', '--flags=2', '--max-tokens=4']
+  assert main([*arguments, '--budgets=0,2', f'--to={tmp_path}/modes.json']) == 0
+  found = json.loads((tmp_path / 'modes.json').read_text())
+  assert found['thinking']['count'] == 3 and len(found['budgets']) == 2
+  assert 'last flag obeyed: ' in capsys.readouterr().out
+  for flag, message in (('--budgets=1,x', 'want whole numbers with commas'),
+                        ('--count=0', '--count must be at least 1'),
+                        ('--tasks=gsm8k', 'want tasks, or tasks:kinds='),
+                        ('--tasks=tasks:kinds=nonsense', 'no kind of task'),
+                        (f'--model={tmp_path}/none', 'no model in')):
+    assert main([*arguments, flag]) == 2
+    assert message in capsys.readouterr().err
