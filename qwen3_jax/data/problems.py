@@ -282,13 +282,13 @@ def _travel(rng, d):
 
 
 def _chain(rng, d):
-  """Small numbers added and taken off in a row; no total leaves 0 to 9 + 10 d."""
+  """Small numbers added and taken off in a row; no total leaves 0 to 10 d."""
   total, terms, steps = rng.randint(1, 9), [], []
   first = total
   for _ in range(rng.randint(1, 1 + d) + 1):
-    n = rng.randint(1, 9)
+    n = rng.randint(1, min(9, 4 + d))
     sign = rng.choice('+-')
-    sign = '+' if n > total else '-' if total + n > 9 + 10 * d else sign
+    sign = '+' if n > total else '-' if total + n > 10 * d else sign
     new = total + n if sign == '+' else total - n
     steps.append(f'{total} {sign} {n} = {new}.')
     terms.append(f' {sign} {n}')
