@@ -135,7 +135,7 @@ def main(arguments):
     if show_traceback:
       raise
     print(describe_error(error), file=sys.stderr)
-    return USER_ERROR
+    return getattr(error, 'exit_code', USER_ERROR)
 
 
 if __name__ == '__main__':

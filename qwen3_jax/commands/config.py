@@ -32,6 +32,19 @@ def load_config(name, overrides=()):
   return config.lock()
 
 
+class ConfigError(ValueError):
+  """The config cannot be read: a command ends with an exit code of its own."""
+  exit_code = 78
+
+
+def load_given(args):
+  """The config that a command's arguments name; ConfigError where `load_config` refuses it."""
+  try:
+    return load_config(args.config, args.overrides)
+  except (ValueError, FileNotFoundError) as error:
+    raise ConfigError(str(error)) from error
+
+
 def find_file(file):
   """Path of a config file, relative to the current folder or to the repository's root."""
   for path in (Path(file), ROOT / file):

@@ -18,11 +18,9 @@ Examples:
     --input='texts/*.jsonl' --skip=decontaminate --config.repetition.share=0.4
 """
 import functools
-import sys
 
 from qwen3_jax.commands import config as configs
 
-CONFIG_ERROR = 78
 FAILED_RECORDS = 75
 ROLES = ('generator', 'judge', 'annotator')
 
@@ -44,11 +42,7 @@ def add_arguments(parser):
 
 
 def main(args):
-  try:
-    config = configs.load_config(args.config, args.overrides)
-  except (ValueError, FileNotFoundError) as e:
-    print(f'error: {e}', file=sys.stderr)
-    return CONFIG_ERROR
+  config = configs.load_given(args)
   with config.unlocked():
     config.skip = (*config.skip, *filter(None, args.skip.split(',')))
     config.decontaminate.tests = (*config.decontaminate.tests, *split_files(args.tests))

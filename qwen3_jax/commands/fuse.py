@@ -12,7 +12,6 @@ Examples:
     --config.data.sources="(('runs/fuse/fused.jsonl', 1.0),)"
 """
 import json
-import sys
 
 from etils import epath
 
@@ -39,11 +38,7 @@ def add_arguments(parser):
 
 
 def main(args):
-  try:
-    config = configs.load_config(args.config, args.overrides)
-  except (ValueError, FileNotFoundError) as e:
-    print(f'error: {e}', file=sys.stderr)
-    return filters.CONFIG_ERROR
+  config = configs.load_given(args)
   given = {name: filters.split_files(getattr(args, name))
            for name in ('queries', 'plain', 'translation', 'tests')}
   return build(config, epath.Path(args.workdir), args.model, args.judge, **given)

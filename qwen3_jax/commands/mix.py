@@ -18,13 +18,10 @@ Examples:
 """
 import functools
 import json
-import sys
 
 from etils import epath
 
 from qwen3_jax.commands import config as configs
-
-CONFIG_ERROR = 78
 
 
 def add_arguments(parser):
@@ -39,11 +36,7 @@ def add_arguments(parser):
 
 
 def main(args):
-  try:
-    config = configs.load_config(args.config, args.overrides)
-  except (ValueError, FileNotFoundError) as e:
-    print(f'error: {e}', file=sys.stderr)
-    return CONFIG_ERROR
+  config = configs.load_given(args)
   with config.unlocked():
     config.heldout.files = (*config.heldout.files, *(args.heldout or ()))
   run(config, args.input, epath.Path(args.workdir))

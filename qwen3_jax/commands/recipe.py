@@ -29,7 +29,7 @@ def add_arguments(parser):
 
 
 def main(args):
-  recipe = configs.load_config(args.config, args.overrides)
+  recipe = configs.load_given(args)
   workdir = epath.Path(args.workdir).resolve()
   plan = make_plan(recipe, workdir, args.set or [], args.until)
   describe(plan)

@@ -22,14 +22,14 @@ from etils import epath
 from qwen3_jax.commands import config as configs
 from qwen3_jax.commands.prepare import prepare
 
-CONFIG_ERROR = 78
 DIVERGED = 3
 
 METHODS = {'pretrain': 'qwen3_jax.stages.pretrain', 'sft': 'qwen3_jax.stages.sft',
            'reward': 'qwen3_jax.stages.reward', 'dpo': 'qwen3_jax.stages.dpo'}
 
 # What a run that is continued may change: how far, how often, on which machine; not what it learns.
-FREE = ('steps', 'save_every', 'keep', 'evaluate_every', 'mesh', 'remat', 'micro_batches')
+FREE = ('steps', 'epochs', 'save_every', 'keep', 'evaluate_every', 'mesh', 'remat', 'micro_batches',
+        'measure')
 
 
 def add_arguments(parser):
@@ -43,11 +43,7 @@ def add_arguments(parser):
 
 
 def main(args):
-  try:
-    config = configs.load_config(args.config, args.overrides)
-  except (ValueError, FileNotFoundError) as e:
-    print(f'error: {e}', file=sys.stderr)
-    return CONFIG_ERROR
+  config = configs.load_given(args)
   with config.unlocked():
     config.init = args.init or config.init
     config.data.tokenizer = args.tokenizer or config.data.tokenizer
