@@ -175,3 +175,15 @@ def test_evaluate_measures_a_run_and_refuses_nonsense(straight, tmp_path, capsys
                         (f'--model={tmp_path}/none', 'no model in')):
     assert main([*arguments, flag]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_fusion_asks_the_model_that_it_starts_from(straight, smallest, tmp_path, capsys):
+  """The whole stage with a model that knows nothing: it is sampled, judged, and never right."""
+  tasks = 'tasks:kinds=chain,difficulty=1,size=6'
+  assert main(['train', '--config=configs/fusion.py:tiny', f'--workdir={tmp_path}/fusion',
+               *smallest(steps=2, init=str(straight), data__sources=None, data__heldout=None,
+                         prepare__inputs__queries=(tasks,), prepare__inputs__plain=(tasks,),
+                         prepare__set=('thinking.candidates.sampling.max_tokens=8',))]) == 2
+  assert 'no thinking record is left' in capsys.readouterr().err
+  rejected = tmp_path / 'fusion/data/thinking/2_candidates/rejected.jsonl'
+  assert 'no right answer in 1' in rejected.read_text()
