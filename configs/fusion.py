@@ -8,12 +8,12 @@ from qwen3_jax.stages.defaults import REASONING, supervised
 
 
 def get_config(arg):
-  config = supervised('fusion', arg, tiny_steps=800)
+  config = supervised('fusion', arg, tiny_steps=1600)
   if config.model.layers == 4:
-    config.optim.update(dict(schedule='linear', peak_lr=1.5e-3))
+    config.optim.update(dict(schedule='linear', peak_lr=2e-3))
     config.prepare = dict(
         by='fuse', config='configs/fuse.py:tiny',
-        set=('mix.thinking_share=0.6', 'mix.turns_rate=0.4', 'mix.most_turns=3',
+        set=('mix.size=10000', 'mix.thinking_share=0.6', 'mix.turns_rate=0.5',
              'mix.system_rate=0.3'),
         inputs=dict(queries=(f'{REASONING},size=2000',), plain=(f'{REASONING},size=3000,seed=1',)))
   return config

@@ -22,6 +22,7 @@ cd "$repo"
 status=0
 echo '== ruff check'
 "$venv/bin/python" -m ruff check -q --output-format=concise . || status=$?
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile # two files at once
 echo "== pytest $*"
 "$venv/bin/python" -m pytest "$@" || exit # the linter's findings must not hide a failing test
 [ "$status" -eq 0 ] || fail 'ruff check found faults; they are above the tests'

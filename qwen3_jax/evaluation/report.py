@@ -30,6 +30,7 @@ main { max-width: 1080px; margin: 0 auto; padding: 40px 20px 64px }
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 4px }
 h2 { font-size: 20px; letter-spacing: -.01em; margin: 44px 0 4px }
 h3 { font-size: 15px; margin: 0 0 2px }
+section > h3 { margin-top: 22px }
 p { margin: 4px 0 12px; max-width: 72ch }
 .soft, figcaption, .legend { color: var(--soft); font-size: 14px }
 dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
