@@ -153,7 +153,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_files(numbers, tmp_path, worke
         while not list((tmp_path / 'cut').glob('*/progress.json')) and process.poll() is None:
           assert time.monotonic() < deadline
           time.sleep(0.01)
-      out, err = process.communicate(timeout=draw.uniform(0.3, 0.9) if kills < 2 else 60)
+      out, err = process.communicate(timeout=kills * draw.uniform(0.05, 0.3) if kills < 2 else 60)
       assert process.returncode == 0, err
       break
     except subprocess.TimeoutExpired:
