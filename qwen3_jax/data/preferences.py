@@ -13,6 +13,7 @@ import json
 import math
 import random
 import re
+import string
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -294,15 +295,17 @@ def corrupt(problem, rng):
   return steps, answer
 
 
-_FACT = re.compile(r'\d|\b(?:heads|tails|[A-Z])\b')
+_SIDES = ('heads', 'tails'), ('north', 'south'), ('east', 'west')  # each of one length
+_FACT = re.compile(r'\d|\b(?:heads|tails|north|east|south|west|[A-Z])\b')
 
 
 def _spoil(text, rng):
-  """`text` with one digit, letter or side of a coin replaced, or else two neighbours exchanged."""
+  """`text` with one digit, letter or side replaced, or else two neighbours exchanged."""
   if facts := list(_FACT.finditer(text)):
     fact = rng.choice(facts)
-    others = {'heads': ['tails'], 'tails': ['heads']}.get(fact[0]) or (
-      '123456789' if fact[0].isdigit() else 'ABCDEFGHIJKLMNOPQRSTUVWXYZ').replace(fact[0], '')
+    known = next((group for group in _SIDES if fact[0] in group), (
+      '123456789' if fact[0].isdigit() else string.ascii_uppercase))
+    others = [other for other in known if other != fact[0]]
     return text[:fact.start()] + rng.choice(others) + text[fact.end():]
   glue = ', ' if ', ' in text else ''
   parts = text.split(glue) if glue else list(text)
