@@ -180,8 +180,8 @@ def test_micro_batches_add_up_to_one_batch(models, rewarder, batch, name):
   got, values = one_step(loss, model, batch, 4)
   for key in want_values:
     np.testing.assert_allclose(values[key], want_values[key], rtol=1e-5, atol=1e-6, err_msg=key)
-  for a, b in zip(got, want, strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-6)
+  for a, b in zip(got, want, strict=True):  # float32 sums in another order
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('name, shape', [('dpo', dict(fsdp=2, tensor=2)),
