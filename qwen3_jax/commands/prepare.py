@@ -16,6 +16,8 @@ def prepare(config, workdir):
   todo = config.get('prepare')
   if not todo:
     return 0
+  if todo.by == 'fuse' and not config.init:
+    raise ValueError('fusion samples the model that it continues: give one with --init=DIR')
   data = workdir / 'data'
   settings = configs.load_config(todo.config, [f'--config.{each}' for each in todo.set])
   inputs = {name: list(specs) for name, specs in todo.inputs.items()}

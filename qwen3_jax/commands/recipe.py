@@ -35,6 +35,9 @@ def main(args):
   describe(plan)
   if args.dry_run:
     return 0
+  for name, config in plan:
+    if not config.data.sources and not config.get('prepare'):
+      raise ValueError(f'{name} has no data: set --set={name}.data.sources="((\'FILES\', 1.0),)"')
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / 'recipe.json').write_text(json.dumps([name for name, _ in plan]))
   for name, config in plan:

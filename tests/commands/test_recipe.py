@@ -50,6 +50,11 @@ def test_plan_and_typos(settings, tmp_path, capsys):
   assert 'from random weights' in plan and f'from {tmp_path}/s2' in plan
   assert 'RoPE base 1,000,000' in plan and not any(tmp_path.iterdir())
   assert 'cold_start: 6 steps x 4 x 160' in plan and 'data made by filter' in plan
+  real = ['recipe', '--config=configs/recipe.py:0.6b', f'--workdir={tmp_path}']
+  for stage in STAGES:  # a stage without data is named before the first one begins
+    assert main([*real, *(f'--set={each}.data.sources="stdlib"' for each in STAGES
+                          if each < stage)]) == 2
+    assert 'has no data: set --set=' in capsys.readouterr().err
   assert main([*settings(tmp_path), '--until=s4']) == 2
   assert 'there are s1, s2, s3, cold_start, fusion' in capsys.readouterr().err
   assert main([*settings(tmp_path), '--set=s1.stepz=3']) == 2

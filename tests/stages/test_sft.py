@@ -186,5 +186,8 @@ def test_fusion_asks_the_model_that_it_starts_from(straight, smallest, tmp_path,
                          prepare__inputs__queries=(tasks,), prepare__inputs__plain=(tasks,),
                          prepare__set=('thinking.candidates.sampling.max_tokens=8',))]) == 2
   assert 'no thinking record is left' in capsys.readouterr().err
+  assert main(['train', '--config=configs/fusion.py:tiny', f'--workdir={tmp_path}/none',
+               f'--tokenizer={straight}/tokenizer']) == 2
+  assert 'give one with --init=DIR' in capsys.readouterr().err
   rejected = tmp_path / 'fusion/data/thinking/2_candidates/rejected.jsonl'
   assert 'no right answer in 1' in rejected.read_text()
