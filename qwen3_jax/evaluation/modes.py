@@ -1,30 +1,34 @@
 """What a model does in each mode: accuracy, obedience to the last flag, accuracy against budget."""
 import collections
-import math
 
 from qwen3_jax.data import conversations, fusion, tasks
 from qwen3_jax.generation import engine
+from qwen3_jax.stages.candidates import wilson
 from qwen3_jax.text.template import parse
 
 
-def interval(right, count, z=1.96):
-  """Wilson's interval of a share, 95 % by default, as (low, high)."""
-  if not count:
-    return 0.0, 1.0
-  share, square = right / count, z * z / count
-  middle = (share + square / 2) / (1 + square)
-  half = z / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
-  return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def rate(marks):
-  """{'rate', 'low', 'high', 'count'} of a list of truth values."""
-  low, high = interval(sum(marks), len(marks))
+  """{'rate', 'low', 'high', 'count'} of a list of truth values; the interval is that of 95 %."""
+  low, high = wilson(sum(marks), len(marks)) if marks else (0.0, 1.0)
   return dict(rate=sum(marks) / max(1, len(marks)), low=low, high=high, count=len(marks))
 
 
+def distinct(source, count):
+  """The first `count` tasks of `source` with questions of their own; fewer where it repeats itself.
+
+  An interval takes its problems for independent draws, which the same one twice is not.
+  """
+  found = {}
+  for i in range(min(len(source), 20 * count)):
+    problem = source.task(i)
+    found.setdefault(problem.question, problem)
+    if len(found) == count:
+      break
+  return list(found.values())
+
+
 def measure(model, tokenizer, source, count, sampling, budgets=(), flags=0, rows=64, progress=None):
-  """Measures a model on the first `count` tasks of `source` (a held-out `tasks.TaskSource`).
+  """Measures a model on `count` distinct tasks of `source` (a held-out `tasks.TaskSource`).
 
   `sampling` maps True (thinking) and False to a `Sampling`. `budgets` are thinking tokens, each
   tried on all tasks; `flags` conversations with flags are tried for `following`. `progress(text)`
@@ -32,9 +36,9 @@ def measure(model, tokenizer, source, count, sampling, budgets=(), flags=0, rows
   their 95 % intervals, mean tokens, share that stopped by themselves, rates by kind of task),
   `following`, `budgets`.
   """
-  problems = [source.task(i) for i in range(count)]
+  problems = distinct(source, count)
   prompts = [[dict(role='user', content=problem.question)] for problem in problems]
-  decoder = engine.prepare(model, min(rows, count))
+  decoder = engine.prepare(model, min(rows, len(problems)))
   tell = progress or (lambda text: None)
 
   def answer(think, **options):
@@ -50,7 +54,7 @@ def measure(model, tokenizer, source, count, sampling, budgets=(), flags=0, rows
   result['budgets'] = []
   for budget in budgets:
     graded = grade(problems, outputs := answer(True, thinking_budget=budget))
-    forced = sum(bool(output.forced.any()) for output in outputs) / count
+    forced = sum(bool(output.forced.any()) for output in outputs) / len(problems)
     result['budgets'].append(dict(budget=budget, forced=forced, **graded))
     tell(f'budget {budget}: {describe(graded)} right, {forced:.0%} cut short')
   return result

@@ -2,7 +2,7 @@
 import math
 
 from qwen3_jax.generation.respond import Failure
-from qwen3_jax.stages.queries import ask, is_right
+from qwen3_jax.stages.queries import ask, is_right, settle
 from qwen3_jax.stages.records import Accept, Fail, Reject, Rows, load_line
 
 
@@ -94,21 +94,14 @@ def begin_pass_rate(_, model, n=8, prompt='{question}', sampling=None, enable_th
   """How often a model is right: 'right', 'tries', 'pass_rate' and its 95 % 'interval'."""
   responder = model()
 
-  def decide(records):
-    answers = responder.respond([ask(record, prompt) for record in records], n, sampling,
-                                enable_thinking)
-    decisions = []
-    for record, said in zip(records, answers):
-      if isinstance(said, Failure):
-        decisions.append(Fail(record, said.reason))
-        continue
-      good = sum(is_right(record, answer.content) for answer in said)
-      interval = [round(end, 4) for end in wilson(good, n)]
-      cut = sum(answer.finish_reason == 'length' for answer in said)
-      decisions.append(Accept(record | dict(right=good, tries=n, pass_rate=good / n,
-                                            interval=interval, unfinished=cut)))
-    return decisions
-  return decide
+  def decide(record, answers):
+    good = sum(is_right(record, answer.content) for answer in answers)
+    interval = [round(end, 4) for end in wilson(good, n)]
+    cut = sum(answer.finish_reason == 'length' for answer in answers)
+    return Accept(record | dict(right=good, tries=n, pass_rate=good / n, interval=interval,
+                                unfinished=cut))
+  return lambda records: settle(records, responder.respond(
+    [ask(record, prompt) for record in records], n, sampling, enable_thinking), decide)
 
 
 def begin_band(_, low=0.0, high=1.0, used=()):

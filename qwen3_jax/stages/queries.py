@@ -48,43 +48,34 @@ def read_verifiable(text):
   return verdict['verifiable'], str(verdict.get('reason', ''))[:300]
 
 
+def settle(records, said, decide):
+  """A decision on each record: `decide(record, answer)`, or Fail where there was no answer."""
+  return [Fail(record, answer.reason) if isinstance(answer, Failure) else decide(record, answer)
+          for record, answer in zip(records, said, strict=True)]
+
+
 def begin_judging(_, model, tries=3):
   """Rejects what the judge that `model()` opens calls not verifiable."""
   responder = model()
 
-  def decide(records):
-    verdicts = judge(responder, VERIFIABLE, records, read_verifiable, tries)
-    decisions = []
-    for record, verdict in zip(records, verdicts):
-      if isinstance(verdict, Failure):
-        decisions.append(Fail(record, verdict.reason))
-      elif verdict[0]:
-        decisions.append(Accept(record))
-      else:
-        decisions.append(Reject(record, 'not verifiable', f'the judge says: {verdict[1]}'))
-    return decisions
-  return decide
+  def decide(record, verdict):
+    good, reason = verdict
+    return Accept(record) if good else Reject(record, 'not verifiable', f'the judge says: {reason}')
+  return lambda records: settle(
+    records, judge(responder, VERIFIABLE, records, read_verifiable, tries), decide)
 
 
 def begin_solving(_, model, tries=4, right=1, prompt='{question}', sampling=None):
   """Rejects what a model solves without thinking, `right` times or more in `tries`."""
   responder = model()
 
-  def decide(records):
-    answers = responder.respond([ask(record, prompt) for record in records], tries, sampling,
-                                enable_thinking=False)
-    decisions = []
-    for record, said in zip(records, answers):
-      if isinstance(said, Failure):
-        decisions.append(Fail(record, said.reason))
-        continue
-      good = sum(is_right(record, answer.content) for answer in said)
-      if good >= right:
-        decisions.append(Reject(record, 'solved without thinking', f'{good} right of {tries}'))
-      else:
-        decisions.append(Accept(record | dict(right_without_thinking=good)))
-    return decisions
-  return decide
+  def decide(record, answers):
+    good = sum(is_right(record, answer.content) for answer in answers)
+    if good >= right:
+      return Reject(record, 'solved without thinking', f'{good} right of {tries}')
+    return Accept(record | dict(right_without_thinking=good))
+  return lambda records: settle(records, responder.respond(
+    [ask(record, prompt) for record in records], tries, sampling, enable_thinking=False), decide)
 
 
 def domain_of(record, field):

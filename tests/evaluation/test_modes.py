@@ -39,6 +39,16 @@ def test_interval_is_that_of_wilson():
   assert none['low'] == 0 and none['high'] == pytest.approx(0.1611, abs=1e-4)
 
 
+def test_no_problem_is_counted_twice():
+  few = tasks.open_tasks('kinds=chain+coin,difficulty=1,size=2000', 'heldout')
+  drawn = [few.task(i).question for i in range(300)]
+  assert len(set(drawn)) < 300
+  problems = modes.distinct(few, 300)
+  assert len({problem.question for problem in problems}) == len(problems) == 300
+  assert problems[0].question == drawn[0]
+  assert len(modes.distinct(tasks.open_tasks('kinds=coin,size=5', 'heldout'), 300)) <= 5
+
+
 def test_flag_prompts_end_in_each_mode_and_stand_everywhere():
   prompts = modes.flag_prompts(SOURCE, 60)
   assert [think for _, think, _ in prompts].count(True) == 30
