@@ -14,8 +14,8 @@ import qwen3_jax
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / 'qwen3_jax'
 ROOMS = ('__main__', 'commands', 'scaling', 'evaluation', 'stages', 'generation', 'training',
-         'model', 'data', 'rewards', 'text', 'kernels', 'mesh', 'spec')
-WITHOUT_JAX = ('data', 'rewards', 'text')
+         'model', 'environments', 'data', 'rewards', 'text', 'kernels', 'mesh', 'spec')
+WITHOUT_JAX = ('environments', 'data', 'rewards', 'text')
 JAX = ('jax', 'jaxlib', 'flax', 'optax', 'orbax', 'chex')
 FILE_LINES, FUNCTION_LINES, FUNCTION_LIMIT = 450, 45, 60
 
