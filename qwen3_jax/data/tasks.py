@@ -7,10 +7,9 @@ judges any answer. Everything is a pure function of its arguments.
 import dataclasses
 import hashlib
 import random
-import re
-from fractions import Fraction
 
 from qwen3_jax.data.problems import KINDS
+from qwen3_jax.rewards import final
 
 HELDOUT = 1 / 16  # share of all questions, by hash, that no training source contains
 
@@ -54,27 +53,7 @@ def check(problem, text):
   last line. Numbers are compared by value (1,024 = 1024 = 1024.0), lists by element, else the words
   without regard to case, quotes and a final full stop.
   """
-  found = re.findall(r'answer(?: is)?\s*:?\s*([^\n]+)', text, re.I)
-  boxed = re.findall(r'\\boxed\{([^{}]*)\}', text)
-  lines = text.strip().splitlines()
-  given = (boxed or found or lines[-1:] or [''])[-1]
-  return _normal(given) == _normal(problem.answer)
-
-
-def _normal(text):
-  text = re.sub(r'[*`"\'$]', '', text).strip().rstrip('.').strip()
-  listed = re.fullmatch(r'\[?([^\[\]]*)\]?', text)
-  text = listed[1] if listed else text
-  parts = re.split(r',\s+|;\s*', text.strip())
-  return tuple(_value(part.strip()) for part in parts)
-
-
-def _value(text):
-  plain = re.sub(r'(?<=\d),(?=\d{3}(?!\d))', '', text)
-  try:
-    return Fraction(plain)
-  except (ValueError, ZeroDivisionError):
-    return ' '.join(text.casefold().split())
+  return final.agree(text, problem.answer)
 
 
 class TaskSource:

@@ -1,0 +1,74 @@
+"""The rules that give an answer its components, by the names that records use.
+
+| name | reads of the record | 1 (or, of a penalty, 1 is worst) |
+|---|---|---|
+| math | answer, kind, numbers | the final answer is right |
+| instructions | instructions | all instructions are followed (strict) |
+| schema | schema | the answer is JSON of that schema |
+| tools | expected_calls, tools | the calls are those wanted |
+| citations | documents, answer | the claims are in the cited spans |
+| mode | messages, enable_thinking | think tags as flags and template ask for |
+| length | limit | the answer's length is within the limit |
+| language | language | the answer is in the wanted language |
+| repetition, overlong | limit | penalties |
+| environment | environment | what the environment says of an episode's end |
+| gym | gym | reasoning-gym's own verdict |
+"""
+import importlib
+import importlib.util
+
+from qwen3_jax.rewards import final
+from qwen3_jax.rewards import math as mathematics
+from qwen3_jax.rewards.response import Unscored
+
+RULES = {
+  'math': 'verifiers.judge_math', 'environment': 'verifiers.read_outcome',
+  'gym': 'verifiers.judge_gym', 'instructions': 'instructions.verify', 'schema': 'form.schema',
+  'mode': 'form.mode', 'length': 'form.length', 'tools': 'tools.verify',
+  'citations': 'citations.verify', 'language': 'penalties.language',
+  'repetition': 'penalties.repetition', 'overlong': 'penalties.overlong'}
+NEEDS = {'math': 'answer', 'instructions': 'instructions', 'schema': 'schema',
+         'tools': 'expected_calls', 'citations': 'documents', 'length': 'limit', 'code': 'tests',
+         'environment': 'environment', 'judge': 'reference', 'gym': 'gym', 'mode': 'messages'}
+GYM_RIGHT = 0.99  # reasoning-gym gives some wrong answers a little
+
+
+def verify(name, record, response):
+  """The component `name` of a response, from 0 to 1; raises Unscored where it cannot be told."""
+  module, _, function = RULES[name].partition('.')
+  return getattr(importlib.import_module(f'qwen3_jax.rewards.{module}'), function)(record, response)
+
+
+def judge_math(record, response):
+  """1 where the answer after the reasoning agrees with record['answer'].
+
+  `kind` says how: 'exact' as `final.agree`, 'countdown' any expression of record['numbers'] worth
+  the answer, else as `math.agree`.
+  """
+  kind, answer = record.get('kind'), str(record['answer'])
+  if kind == 'exact':
+    return float(final.agree(response.content, answer))
+  if kind == 'countdown':
+    return float(final.reaches(response.content, record['numbers'], int(answer)))
+  return float(mathematics.agree(response.content, answer,
+                                 kind if kind in ('choice', 'text') else None))
+
+
+def read_outcome(record, response):
+  """The reward that the environment gave; Unscored where no episode was run or it failed."""
+  outcome = response.outcome or {}
+  if outcome.get('reward') is None:
+    raise Unscored(outcome.get('reason') or 'the response has no outcome of an environment')
+  return float(outcome['reward'])
+
+
+def judge_gym(record, response):
+  """Whether reasoning-gym calls the answer right; its small consolations do not count."""
+  if importlib.util.find_spec('reasoning_gym') is None:
+    raise Unscored('reasoning-gym is not installed: pip install reasoning-gym')
+  import reasoning_gym
+  entry = record['gym']
+  score = reasoning_gym.get_score_answer_fn(entry['metadata']['source_dataset'])
+  given = mathematics.extract(response.content) or ''
+  return float(max(score(answer, entry) for answer in (given, response.content.strip()))
+               >= GYM_RIGHT)
