@@ -22,13 +22,12 @@ from qwen3_jax.data import chat_formats, files, sources, tasks
 from qwen3_jax.data.chat_formats import normalise
 from qwen3_jax.text import template
 from qwen3_jax.text import tokenizer as tokenizer_module
-from qwen3_jax.text.template import render
+from qwen3_jax.text.template import FLAG, last_flag, render
 
 LINE_BYTES = 16 * 1024 * 1024
 SLOW = 10  # seconds: what took longer to measure is kept
 TOKEN = np.dtype([('id', np.int32), ('weight', np.float32)])  # weight as a target of the loss
 _TURN = re.compile(r'(?<=.)(?=<\|im_start\|>)', re.DOTALL)
-_FLAG = re.compile(r'(?<!\S)/(no_)?think(?![\w/-]|\.\w)')
 
 
 # Reading.
@@ -117,7 +116,7 @@ def _parse_line(line):
 
 def _question(record):
   asked = ' '.join(m['content'] for m in record['messages'] if m['role'] == 'user')
-  return files.hash_text(' '.join(_FLAG.sub(' ', asked).casefold().split()).encode())
+  return files.hash_text(' '.join(FLAG.sub(' ', asked).casefold().split()).encode())
 
 
 class TaskConversations:
@@ -141,18 +140,6 @@ class TaskConversations:
 
 
 # Masks.
-
-def last_flag(messages):
-  """What the last flag asks for: True for /think, False for /no_think, None without any.
-
-  Flags stand in system and user messages, as words of their own.
-  """
-  for message in reversed(messages):
-    if message['role'] in ('system', 'user'):
-      if flags := _FLAG.findall(message['content']):
-        return flags[-1] != 'no_'
-  return None
-
 
 def examples(record):
   """The training examples of a conversation: lists of (text, trained), see the top of this file.

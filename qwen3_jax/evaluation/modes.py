@@ -1,10 +1,10 @@
 """What a model does in each mode: accuracy, obedience to the last flag, accuracy against budget."""
 import collections
 
-from qwen3_jax.data import conversations, fusion, tasks
+from qwen3_jax.data import fusion, tasks
 from qwen3_jax.generation import engine
 from qwen3_jax.stages.candidates import wilson
-from qwen3_jax.text.template import parse
+from qwen3_jax.text.template import last_flag, parse
 
 
 def rate(marks):
@@ -82,7 +82,7 @@ def flag_prompts(source, count, seed=0):
   """`count` prompts [(messages, whether to think, where the flag stands)] from tasks of `source`.
 
   Single turns, flags in the system turn, contradicting flags and histories of several turns, half
-  of them ending in each mode; what is expected is read off the prompt (`conversations.last_flag`).
+  of them ending in each mode; what is expected is read off the prompt (`last_flag`).
   """
   def record(i):
     problem = source.task(i)
@@ -93,11 +93,11 @@ def flag_prompts(source, count, seed=0):
   for fused in fusion.fuse(pool, pool, size=40 * count, seed=seed, hard_rate=0.0, flag_rate=1.0,
                            turns_rate=0.5, system_rate=0.3, extra_rate=0.3):
     messages = fused['messages'][:-1]
-    think = conversations.last_flag(messages)
+    think = last_flag(messages)
     if think is None or not wanted[think]:
       continue
     wanted[think] -= 1
-    flagged = conversations.last_flag(messages[-1:]) is not None
+    flagged = last_flag(messages[-1:]) is not None
     place = ('system' if len(messages) == 2 else 'last user turn' if flagged else 'earlier turn')
     prompts.append((messages, think, place))
   return prompts

@@ -3,10 +3,10 @@
 The Qwen3 Technical Report (section 4.3) judges non-thinking data by automatically generated
 checklists and says no more; the points, the questions to the judge and the threshold are ours.
 """
-from qwen3_jax.data import languages, repetition
 from qwen3_jax.generation.respond import Failure, find_object, judge
 from qwen3_jax.stages.queries import is_right
 from qwen3_jax.stages.records import Accept, Fail, Reject
+from qwen3_jax.text import languages, repetition
 
 MOST_POINTS = 8
 

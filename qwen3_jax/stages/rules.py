@@ -2,7 +2,7 @@
 import functools
 import re
 
-from qwen3_jax.data import decontaminate, duplicates, filters, languages, repetition, tasks
+from qwen3_jax.data import decontaminate, duplicates, filters, tasks
 from qwen3_jax.stages.records import (
   START,
   Accept,
@@ -13,6 +13,7 @@ from qwen3_jax.stages.records import (
   text_of,
   words_of,
 )
+from qwen3_jax.text import languages, repetition
 
 
 def each(judge):

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 ROLES = ('system', 'user', 'assistant', 'tool')
+FLAG = re.compile(r'(?<!\S)/(no_)?think(?![\w/-]|\.\w)')
 
 
 def render(messages, tools=None, enable_thinking=True, add_generation_prompt=False):
@@ -58,6 +59,18 @@ def parse(text):
   reasoning = before[opening.end():] if opening else before
   return {'role': 'assistant', 'reasoning_content': reasoning.strip('\n'), 'content': content,
           'tool_calls': tool_calls}
+
+
+def last_flag(messages):
+  """What the last flag asks for: True for /think, False for /no_think, None without any.
+
+  Flags stand in system and user messages, as words of their own.
+  """
+  for message in reversed(messages):
+    if message['role'] in ('system', 'user'):
+      if flags := FLAG.findall(message['content']):
+        return flags[-1] != 'no_'
+  return None
 
 
 def _check(messages):

@@ -19,8 +19,9 @@ REPO = Path(__file__).resolve().parents[2]
 DATA = REPO.parent / 'shared' / 'data'
 sys.path.insert(0, str(REPO))
 
-from qwen3_jax.data import decontaminate, duplicates, filters, languages, repetition  # noqa: E402
+from qwen3_jax.data import decontaminate, duplicates, filters  # noqa: E402
 from qwen3_jax.rewards import answers  # noqa: E402
+from qwen3_jax.text import languages, repetition  # noqa: E402
 
 
 def read(name, folder=DATA):

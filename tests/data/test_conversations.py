@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from qwen3_jax.data import conversations, mixture, packing
 from qwen3_jax.data.chat_formats import normalise
 from qwen3_jax.text import tokenizer as tokenizers
-from qwen3_jax.text.template import parse
+from qwen3_jax.text.template import last_flag, parse
 
 MASKS = [json.loads(line) for line in (
   Path(__file__).resolve().parents[1] / 'fixtures' / 'masks.jsonl').read_text().splitlines()]
@@ -230,9 +230,9 @@ def test_contradictions_are_refused(record, reason):
   (['"/think"'], None), (['/no_think', '/thinking'], False)])
 def test_last_flag_that_is_a_word_wins(texts, flag):
   messages = [m for text in texts for m in (user(text), assistant('/think', '/no_think'))]
-  assert conversations.last_flag(messages) is flag
+  assert last_flag(messages) is flag
   system = [{'role': 'system', 'content': texts[0]}, *messages[2:]]
-  assert conversations.last_flag(system) is flag
+  assert last_flag(system) is flag
 
 
 # Files.

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from qwen3_jax.data import conversations, fusion, tasks
+from qwen3_jax.text.template import last_flag
 
 
 def records(kind, count, think, **more):
@@ -32,7 +33,7 @@ def test_every_turn_obeys_the_last_flag_before_it():
   for record in fused():
     for place, message in enumerate(record['messages']):
       if message['role'] == 'assistant':
-        flag = conversations.last_flag(record['messages'][:place])
+        flag = last_flag(record['messages'][:place])
         thinks = bool(message.get('reasoning_content'))
         assert thinks == (record['enable_thinking'] if flag is None else flag), record
         turns += 1
@@ -61,7 +62,7 @@ def test_shares_and_rates_come_out():
   single = [record for record in made if record['kind'] != 'turns']
   thinking = [record for record in single if record['kind'] == 'thinking']
   assert len(thinking) / len(single) == pytest.approx(0.6, abs=0.04)
-  flag = lambda record: conversations.last_flag(record['messages'])
+  flag = lambda record: last_flag(record['messages'])
   assert sum(flag(r) is True for r in thinking) / len(thinking) == pytest.approx(0.25, abs=0.04)
   plain = [record for record in single if record['kind'] == 'plain']
   assert sum(flag(r) is None for r in plain) / len(plain) == pytest.approx(0.4, abs=0.05)

@@ -4,10 +4,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from qwen3_jax.data import conversations, tasks
+from qwen3_jax.data import tasks
 from qwen3_jax.evaluation import modes, tables
 from qwen3_jax.generation.engine import Output
 from qwen3_jax.generation.sampling import GREEDY
+from qwen3_jax.text.template import last_flag
 from tests.generation.conftest import model, tokenizer  # noqa: F401 (fixtures)
 
 SOURCE = tasks.open_tasks('kinds=chain+coin,difficulty=1-2,size=400', 'heldout')
@@ -54,8 +55,8 @@ def test_flag_prompts_end_in_each_mode_and_stand_everywhere():
   assert [think for _, think, _ in prompts].count(True) == 30
   assert {place for *_, place in prompts} == {'system', 'last user turn', 'earlier turn'}
   for messages, think, place in prompts:
-    assert messages[-1]['role'] == 'user' and conversations.last_flag(messages) is think
-    assert (conversations.last_flag(messages[-1:]) is None) == (place != 'last user turn')
+    assert messages[-1]['role'] == 'user' and last_flag(messages) is think
+    assert (last_flag(messages[-1:]) is None) == (place != 'last user turn')
   assert any(len([m for m in messages if m['role'] == 'assistant']) > 1
              for messages, *_ in prompts)
 

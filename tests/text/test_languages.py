@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from qwen3_jax.data.languages import find_languages, find_mixing, identify
+from qwen3_jax.text.languages import find_languages, find_mixing, identify
 
 ENGLISH = ('We are asked for the number of ways in which the guests can be seated at the table. '
            'Since nobody has a fixed place, we may turn the table until the first one sits north.')

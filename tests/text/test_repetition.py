@@ -8,8 +8,8 @@ import textwrap
 
 import pytest
 
-from qwen3_jax.data import repetition
-from qwen3_jax.data.repetition import find_repetition
+from qwen3_jax.text import repetition
+from qwen3_jax.text.repetition import find_repetition
 
 PROSE = ('We first count the ways to seat the guests, and then divide by the symmetries of the '
          'table. Since no two guests are alike, each seating is counted once for every rotation. ')
