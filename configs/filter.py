@@ -3,8 +3,9 @@ import inspect
 
 from ml_collections import ConfigDict
 
-from qwen3_jax.data import decontaminate, duplicates, filters, languages, repetition
+from qwen3_jax.data import decontaminate, duplicates, filters
 from qwen3_jax.stages import annotate, synthesis
+from qwen3_jax.text import languages, repetition
 
 STAGES = dict(
   cold_start=('read', 'verifiable', 'deduplicate', 'decontaminate', 'judge', 'solvable', 'annotate',
