@@ -2,8 +2,9 @@
 
 `cross_entropy` is a weighted sum, so its gradient is known as soon as a chunk's logits are: the
 forward pass under differentiation computes both, and the backward pass only scales. `token_logp`
-gives each token's log-probability, of which a loss may be any function: its backward pass computes
-the logits again. Meaning: `reference.cross_entropy`, `reference.token_logp`.
+and `token_entropy` give each token's log-probability (and the entropy of the distribution it comes
+from), of which a loss may be any function: their backward pass computes the logits again. Meaning:
+`reference.cross_entropy`, `reference.token_logp`, `reference.token_entropy`.
 """
 import functools
 import math
@@ -41,23 +42,51 @@ def _backward(saved, ct):
 cross_entropy.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
-def token_logp(hidden_BTD, head_VD, target_BT):
-  """log softmax(head hidden)[target] of every token, float32 (B, T); sharded as `cross_entropy`."""
-  return _sharded(_local_logp, lambda scalar, rows, *_: rows, hidden_BTD, head_VD, target_BT)
+def token_logp(hidden_BTD, head_VD, target_BT, temperature=1.0):
+  """log softmax(head hidden / temperature)[target] of every token, float32 (B, T).
+
+  Sharded as `cross_entropy`. `temperature` is a plain number.
+  """
+  return _values(hidden_BTD, head_VD, target_BT, temperature, False)[0]
 
 
-def _logp_forward(*inputs):
-  return token_logp(*inputs), inputs
+def token_entropy(hidden_BTD, head_VD, target_BT, temperature=1.0):
+  """`token_logp`, and the entropy of softmax(head hidden / temperature) in nats: two (B, T).
+
+  An entropy of which no gradient is taken costs nothing in the backward pass.
+  """
+  return _values(hidden_BTD, head_VD, target_BT, temperature, True)
 
 
-def _logp_backward(inputs, ct_BT):
-  """The gradient of sum(ct * logp), which is a cross-entropy of weights -ct."""
-  _, (d_hidden, d_head) = _forward(*inputs, -ct_BT)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _values(hidden_BTD, head_VD, target_BT, temperature, entropy):
+  local = functools.partial(_local_values, temperature=temperature, entropy=entropy)
+  return _sharded(local, lambda scalar, rows, *_: (rows,) * (1 + entropy),
+                  hidden_BTD, head_VD, target_BT)
+
+
+def _values_forward(hidden_BTD, head_VD, target_BT, temperature, entropy):
+  inputs = [x.value for x in (hidden_BTD, head_VD, target_BT)]
+  return _values(*inputs, temperature, entropy), inputs
+
+
+def _values_backward(temperature, _, inputs, cotangents):
+  """The gradient of sum(ct * logp) + sum(ct * entropy): a cross-entropy of weights -ct, and more.
+
+  A cotangent that is zero by construction arrives as a `SymbolicZero`, and is left out.
+  """
+  ct_BT, *ct_entropy = cotangents
+  zero = jax.custom_derivatives.SymbolicZero
+  if isinstance(ct_BT, zero):
+    ct_BT = jnp.zeros(ct_BT.shape, ct_BT.dtype)
+  ct_entropy = [ct for ct in ct_entropy if not isinstance(ct, zero)]
+  local = functools.partial(_local, gradients=True, temperature=temperature)
+  _, (d_hidden, d_head) = _sharded(local, lambda scalar, rows, *weights: (scalar, weights),
+                                   *inputs, -ct_BT, *ct_entropy)
   return d_hidden, d_head, None
 
 
-token_logp.defvjp(_logp_forward, _logp_backward)
+_values.defvjp(_values_forward, _values_backward, symbolic_zeros=True)
 
 
 def _sharded(local, layout, hidden_BTD, head_VD, *of_tokens):
@@ -80,18 +109,19 @@ def _sharded(local, layout, hidden_BTD, head_VD, *of_tokens):
     out_specs=layout(scalar, rows, hidden, head))(hidden_BTD, head_VD, *of_tokens)
 
 
-def _local(hidden_BTD, head_VD, target_BT, weight_BT, gradients=False, vocab_axes=(),
-           width_axes=(), token_axes=()):
+def _local(hidden_BTD, head_VD, target_BT, weight_BT, *bonus, gradients=False, temperature=1.0,
+           vocab_axes=(), width_axes=(), token_axes=()):
   """One device's tokens against its rows of the head; sums over the named mesh axes.
 
-  With `gradients`: (loss, (d_hidden, d_head)), else the loss.
+  With `gradients`: (loss, (d_hidden, d_head)), else the loss. `bonus` (B, T), if there is one,
+  weighs the tokens' entropies, whose gradient is then added.
   """
   B, T, D = hidden_BTD.shape
   dtype = head_VD.dtype
   head_VD, first = _gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
   step = functools.partial(_chunk, head_VD=head_VD, first=first, vocab_axes=vocab_axes,
-                           gradients=gradients)
-  chunks = [_in_chunks(x) for x in (hidden_BTD, target_BT, weight_BT)]
+                           gradients=gradients, temperature=temperature)
+  chunks = [_in_chunks(x) for x in (hidden_BTD, target_BT, weight_BT, *bonus)]
   scan = functools.partial(jax.lax.scan, unroll=len(chunks[0]) <= UNROLLED)
   total = jnp.zeros((), jnp.float32)
   if not gradients:
@@ -112,16 +142,17 @@ def _local(hidden_BTD, head_VD, target_BT, weight_BT, gradients=False, vocab_axe
   return total, (d_hidden, d_head.astype(dtype))
 
 
-def _local_logp(hidden_BTD, head_VD, target_BT, vocab_axes=(), width_axes=(), token_axes=()):
-  """One device's log-probabilities (B, T)."""
+def _local_values(hidden_BTD, head_VD, target_BT, temperature, entropy, vocab_axes=(),
+                  width_axes=(), token_axes=()):
+  """One device's log-probabilities (B, T), and with `entropy` its entropies."""
   head_VD, first = _gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
 
   def visit(_, chunk):
-    _, lse_M, logit_M, _ = _softmax(*chunk, head_VD, first, vocab_axes)
-    return None, logit_M - lse_M
+    _, lse_M, logit_M, _, entropy_M = _softmax(*chunk, head_VD, first, vocab_axes, temperature)
+    return None, (logit_M - lse_M, entropy_M)[:1 + entropy]
   chunks = _in_chunks(hidden_BTD), _in_chunks(target_BT)
-  _, logp = jax.lax.scan(visit, None, chunks, unroll=len(chunks[0]) <= UNROLLED)
-  return _from_chunks(logp, *target_BT.shape)
+  _, values = jax.lax.scan(visit, None, chunks, unroll=len(chunks[0]) <= UNROLLED)
+  return tuple(_from_chunks(x, *target_BT.shape) for x in values)
 
 
 def _gather(head_VD, dtype, vocab_axes, width_axes):
@@ -149,32 +180,39 @@ def _from_chunks(x, B, T):
   return x.reshape(B, -1, *x.shape[3:])[:, :T]
 
 
-def _chunk(hidden_MD, target_M, weight_M, *, head_VD, first, vocab_axes, gradients):
-  """Loss of one chunk and, with `gradients`, its gradients."""
-  logits_MV, lse_M, logit_M, hit_MV = _softmax(hidden_MD, target_M, head_VD, first, vocab_axes)
+def _chunk(hidden_MD, target_M, weight_M, bonus_M=None, *, head_VD, first, vocab_axes, gradients,
+           temperature):
+  """Loss of one chunk and, with `gradients`, its gradients (and those of bonus * entropy)."""
+  logits_MV, lse_M, logit_M, hit_MV, entropy_M = _softmax(hidden_MD, target_M, head_VD, first,
+                                                          vocab_axes, temperature)
   loss = jnp.sum(weight_M * (lse_M - logit_M))
   if not gradients:
     return loss, None, None
-  d_MV = weight_M[:, None] * (jnp.exp(logits_MV - lse_M[:, None]) - hit_MV)
-  d_MV = d_MV.astype(hidden_MD.dtype)
+  logp_MV = logits_MV - lse_M[:, None]
+  d_MV = weight_M[:, None] * (jnp.exp(logp_MV) - hit_MV)
+  if bonus_M is not None:
+    d_MV -= bonus_M[:, None] * jnp.exp(logp_MV) * (logp_MV + entropy_M[:, None])
+  d_MV = (d_MV / temperature).astype(hidden_MD.dtype)
   d_hidden = _dot('MV,VD->MD', d_MV, head_VD)
   d_hidden = jax.lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
   return loss, d_hidden.astype(hidden_MD.dtype), _dot('MV,MD->VD', d_MV, hidden_MD)
 
 
-def _softmax(hidden_MD, target_M, head_VD, first, vocab_axes):
-  """Logits on this shard of V; over all shards their log-sum-exp and the target's; where it is."""
-  logits_MV = _dot('MD,VD->MV', hidden_MD, head_VD)
+def _softmax(hidden_MD, target_M, head_VD, first, vocab_axes, temperature):
+  """Logits on this shard of V; of all shards log-sum-exp, target's logit; where it is; entropy."""
+  logits_MV = _dot('MD,VD->MV', hidden_MD, head_VD) / temperature
   top_M = logits_MV.max(-1)
   top_M = jax.lax.pmax(top_M, vocab_axes) if vocab_axes else top_M
-  norm_M = jnp.exp(logits_MV - top_M[:, None]).sum(-1)
+  below_MV = logits_MV - top_M[:, None]
+  norm_M, mean_M = jnp.exp(below_MV).sum(-1), (jnp.exp(below_MV) * below_MV).sum(-1)
   here_M = (target_M >= first) & (target_M < first + head_VD.shape[0])
   index_M1 = jnp.where(here_M, target_M - first, 0)[:, None]
   logit_M = jnp.where(here_M, jnp.take_along_axis(logits_MV, index_M1, 1)[:, 0], 0)
   if vocab_axes:
-    norm_M, logit_M = jax.lax.psum((norm_M, logit_M), vocab_axes)
+    norm_M, mean_M, logit_M = (jax.lax.psum(x, vocab_axes) for x in (norm_M, mean_M, logit_M))
   hit_MV = (jnp.arange(head_VD.shape[0]) == index_M1) & here_M[:, None]
-  return logits_MV, top_M + jnp.log(norm_M), logit_M, hit_MV
+  log_norm_M = jnp.log(norm_M)
+  return logits_MV, top_M + log_norm_M, logit_M, hit_MV, log_norm_M - mean_M / norm_M
 
 
 def _dot(letters, a, b):

@@ -27,11 +27,17 @@ def cross_entropy(hidden_BTD, head_VD, target_BT, weight_BT):
   return -jnp.sum(weight_BT * token_logp(hidden_BTD, head_VD, target_BT))
 
 
-def token_logp(hidden_BTD, head_VD, target_BT):
-  """log softmax(head hidden)[target] of every token, float32 (B, T)."""
+def token_logp(hidden_BTD, head_VD, target_BT, temperature=1.0):
+  """log softmax(head hidden / temperature)[target] of every token, float32 (B, T)."""
+  return token_entropy(hidden_BTD, head_VD, target_BT, temperature)[0]
+
+
+def token_entropy(hidden_BTD, head_VD, target_BT, temperature=1.0):
+  """`token_logp`, and the entropy -sum p log p of the same distribution, float32 (B, T) both."""
   logits_BTV = jnp.einsum('BTD,VD->BTV', hidden_BTD, head_VD, preferred_element_type=jnp.float32)
-  logp_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-  return jnp.take_along_axis(logp_BTV, target_BT[..., None], -1)[..., 0]
+  logp_BTV = jax.nn.log_softmax(logits_BTV / temperature, axis=-1)
+  entropy_BT = -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)
+  return jnp.take_along_axis(logp_BTV, target_BT[..., None], -1)[..., 0], entropy_BT
 
 
 def experts(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):

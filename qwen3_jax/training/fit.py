@@ -1,6 +1,5 @@
 """The one training loop: draw, step, report, evaluate, save."""
 import functools
-import operator
 
 import jax
 
@@ -68,8 +67,7 @@ def evaluator(loss, batches, report=losses.report, frozen=()):
     return loss(params, batch, *frozen)[1]
 
   def values(params, name, batches):
-    sums = functools.reduce(functools.partial(jax.tree.map, operator.add),
-                            [one(params, batch, *frozen) for batch in batches])
+    sums = functools.reduce(losses.merge, [one(params, batch, *frozen) for batch in batches])
     return {name if key == 'loss' else f'{name.removesuffix("_loss")}_{key}': value
             for key, value in report(sums).items()}
 

@@ -41,6 +41,12 @@ def report(sums):
   return dict(loss=sums['nll'] / sums['weight'])
 
 
+def merge(sums, more):
+  """The sums of two batches in one: added, or where a name begins with `max_` the larger."""
+  return {name: (jnp.maximum if name.startswith('max_') else jnp.add)(value, more[name])
+          for name, value in sums.items()}
+
+
 def balance_loss(count_E, probability_E, tokens):
   """Global-batch load-balancing loss of MoE layers (Qiu et al. 2025, 2501.11873, eq. 4).
 

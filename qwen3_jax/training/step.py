@@ -41,20 +41,21 @@ def state_of(params, optimizer):
   return TrainState(zero, params, optimizer.init(params), zero, zero)
 
 
-def make_step(loss, optimizer, lr, micro_batches=1, report=losses.report):
+def make_step(loss, optimizer, lr, micro_batches=1, report=losses.report, micro_rows=None):
   """`step(state, batch, *frozen) -> (state, metrics)`, to be jitted with the state donated.
 
   `loss(params, batch, *frozen) -> (share, sums)`: see `losses.next_token`. `frozen` are weights
   that no gradient is taken of (LoRA's base). The global batch is cut into `micro_batches` along
-  its rows and their gradients and sums added; `report(sums)` gives the values of the whole step,
-  `loss` among them.
+  its rows, or into as many as give `micro_rows` rows each, and their gradients and sums added;
+  `report(sums)` gives the values of the whole step, `loss` among them.
   """
   def step(state, batch, *frozen):
+    parts = len(batch['tokens_BT']) // micro_rows if micro_rows else micro_batches
     totals = dict(total_weight=_targets(batch['weight_BT']).sum(),
                   total_tokens=(batch['segment_BT'] > 0).sum().astype(jnp.float32))
     if 'pair_BC' in batch:
       totals['total_pairs'] = batch['pair_BC'].sum()
-    value, sums, grads = _accumulate(loss, state.params, batch, totals, micro_batches, frozen)
+    value, sums, grads = _accumulate(loss, state.params, batch, totals, parts, frozen)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, opt = optimizer.update(grads, state.opt, state.params)
@@ -101,7 +102,9 @@ def _accumulate(loss, params, batch, totals, micro_batches, frozen):
   def visit(carry, part):
     part = part | totals | dict(count_LE=carry[1].get('count_LE', counts))
     (value, sums), grads = grad(params, part, *frozen)
-    return jax.tree.map(jnp.add, carry, (value, sums, grads)), None
+    total, earlier, sum_grads = carry
+    return (total + value, losses.merge(earlier, sums),
+            jax.tree.map(jnp.add, sum_grads, grads)), None
 
   first = jax.tree.map(lambda x: x[0], parts) | totals | dict(count_LE=counts)
   (value, sums), grads = jax.eval_shape(grad, params, first, *frozen)

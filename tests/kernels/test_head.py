@@ -34,6 +34,16 @@ def logp_and_gradients(function, hidden, weights, target, weight):
   return logp, gradients
 
 
+def entropy_and_gradients(function, hidden, weights, target, weight):
+  """Values at temperature 0.7, and the gradients of a function of both that is not linear."""
+  def total(hidden, weights):
+    logp, entropy = function(hidden, weights, target, 0.7)
+    mixed = jnp.sum(jnp.tanh(weight * logp / 4) * jnp.sin(weight + entropy))
+    return mixed, jnp.stack([logp, entropy])
+  gradients, values = jax.grad(total, (0, 1), has_aux=True)(hidden, weights)
+  return values, gradients
+
+
 def compare(got, want, rtol=1e-5, atol=0):
   """`atol`: a log-probability near 0 is the difference of two logits, and has their rounding."""
   np.testing.assert_allclose(got[0], want[0], rtol=rtol, atol=atol)
@@ -62,6 +72,48 @@ def test_log_probabilities_in_chunks(monkeypatch, tokens):
   assert got[0].shape == (4, 10) and got[0].dtype == jnp.float32
 
 
+@pytest.mark.parametrize('tokens', [12, 16, 1000])
+def test_entropies_in_chunks(monkeypatch, tokens):
+  monkeypatch.setattr(head, 'TOKENS', tokens)
+  inputs = make_inputs()
+  got = jax.jit(functools.partial(entropy_and_gradients, head.token_entropy))(*inputs)
+  compare(got, entropy_and_gradients(reference.token_entropy, *inputs), atol=2e-6)
+  assert got[0].shape == (2, 4, 10) and got[0].dtype == jnp.float32
+
+
+def test_temperature_divides_the_logits():
+  hidden, weights, target, weight = make_inputs()
+  def at(temperature):
+    return functools.partial(head.token_logp, temperature=temperature)
+  value, gradients = logp_and_gradients(at(0.5), hidden, weights, target, weight)
+  doubled = logp_and_gradients(reference.token_logp, 2 * hidden, weights, target, weight)
+  compare((value, gradients), (doubled[0], (2 * doubled[1][0], doubled[1][1])), atol=2e-6)
+  assert np.abs(value - logp_and_gradients(at(1.0), hidden, weights, target, weight)[0]).max() > 0.1
+
+
+def test_entropy_of_huge_logits_is_not_a_difference_of_them():
+  """At logits around 1e5, a log-sum-exp less a mean logit would be off by 1e-2; this is log 2."""
+  hidden, weights = jnp.ones((1, 1, 4)), jnp.full((6, 4), -3e4).at[:2].set(3e4)
+  entropy = head.token_entropy(hidden, weights, jnp.zeros((1, 1), jnp.int32))[1]
+  np.testing.assert_allclose(entropy, np.log(2), rtol=1e-6)
+
+
+def test_an_entropy_only_looked_at_costs_no_gradient():
+  """The backward pass has no second exponential where no gradient of the entropy is asked for."""
+  hidden, weights, target, _ = make_inputs()
+
+  def count(share):
+    def total(hidden):
+      logp, entropy = head.token_entropy(hidden, weights, target)
+      return logp.sum() + share * (entropy if share else jax.lax.stop_gradient(entropy)).sum()
+    text = jax.jit(jax.grad(total)).lower(hidden).compiler_ir('hlo').as_hlo_text()
+    return text.count(' exponential(')
+  def logp_only(hidden):
+    return head.token_logp(hidden, weights, target).sum()
+  text = jax.jit(jax.grad(logp_only)).lower(hidden).compiler_ir('hlo').as_hlo_text()
+  assert count(0.0) == text.count(' exponential(') < count(1.0)
+
+
 def test_log_probabilities_of_bfloat16():
   """Logits of products of bfloat16 are float32; gradients are rounded to the inputs' type."""
   hidden, weights, target, weight = make_inputs()
@@ -88,7 +140,8 @@ def test_no_logits_of_all_tokens(monkeypatch):
   monkeypatch.setattr(head, 'TOKENS', 8)
   inputs = make_inputs(B=2, T=12, V=48)
   run = functools.partial(value_and_gradients, head.cross_entropy)
-  for traced in run, functools.partial(logp_and_gradients, head.token_logp):
+  for traced in (run, functools.partial(logp_and_gradients, head.token_logp),
+                 functools.partial(entropy_and_gradients, head.token_entropy)):
     text = str(jax.make_jaxpr(traced)(*inputs))
     assert '[8,48]' in text and '2,12,48' not in text and '24,48' not in text
 
@@ -107,6 +160,8 @@ def test_on_a_mesh_equals_alone(monkeypatch, shape):
     got = jax.jit(functools.partial(value_and_gradients, head.cross_entropy))(*placed)
     loss = jax.jit(lambda *a: head.cross_entropy(*a))(*placed)
     logp = jax.jit(functools.partial(logp_and_gradients, head.token_logp))(*placed)
+    both = jax.jit(functools.partial(entropy_and_gradients, head.token_entropy))(*placed)
   compare(got, want)
   np.testing.assert_allclose(3 * loss, want[0], rtol=1e-5)
   compare(logp, logp_and_gradients(reference.token_logp, *inputs), atol=2e-6)
+  compare(both, entropy_and_gradients(reference.token_entropy, *inputs), atol=2e-6)
