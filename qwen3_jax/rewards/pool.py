@@ -63,7 +63,7 @@ class Pool:
           place, job = busy.pop(worker)
           if worker.finish(answer) and not died[place]:
             died[place] += 1
-            left.append((place, job))
+            left.appendleft((place, job))
           else:
             results[place] = answer
     return results

@@ -86,13 +86,15 @@ class Router:
                        "'verifiers': {name: weight}")
     for name, weight in weights.items():
       known = {*RULES, *self.scorers}
-      if name not in known:
+      kind = name.partition('.')[0] if name.startswith('environment.') else name
+      if kind not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = 'it needs a scorer, which this run has not opened' if name in NEEDS else (
           f'did you mean {near[0]!r}?' if near else f'there are: {", ".join(sorted(known))}')
         raise ValueError(f'{where} asks for the verifier {name!r}; {hint}')
-      if record.get(NEEDS.get(name, 'messages')) is None:
-        raise ValueError(f'{where} asks for the verifier {name!r} but has no {NEEDS[name]!r}')
+      field = NEEDS.get(kind, 'messages')
+      if record.get(field) is None:
+        raise ValueError(f'{where} asks for the verifier {name!r} but has no {field!r}')
       if not isinstance(weight, int | float) or not math.isfinite(weight):
         raise ValueError(f'{where}: the weight of {name!r} is {weight!r}, wanted a finite number')
     return weights

@@ -11,7 +11,8 @@
 | length | limit | the answer's length is within the limit |
 | language | language | the answer is in the wanted language |
 | repetition, overlong | limit | penalties |
-| environment | environment | what the environment says of an episode's end |
+| environment | environment | an episode reached its goal |
+| environment.X | environment | component X of its outcome, such as valid |
 | gym | gym | reasoning-gym's own verdict |
 """
 import importlib
@@ -35,6 +36,8 @@ GYM_RIGHT = 0.99  # reasoning-gym gives some wrong answers a little
 
 def verify(name, record, response):
   """The component `name` of a response, from 0 to 1; raises Unscored where it cannot be told."""
+  if name.startswith('environment.'):
+    return read_outcome(record, response, name.partition('.')[2])
   module, _, function = RULES[name].partition('.')
   return getattr(importlib.import_module(f'qwen3_jax.rewards.{module}'), function)(record, response)
 
@@ -54,12 +57,11 @@ def judge_math(record, response):
                                  kind if kind in ('choice', 'text') else None))
 
 
-def read_outcome(record, response):
-  """The reward that the environment gave; Unscored where no episode was run or it failed."""
-  outcome = response.outcome or {}
-  if outcome.get('reward') is None:
-    raise Unscored(outcome.get('reason') or 'the response has no outcome of an environment')
-  return float(outcome['reward'])
+def read_outcome(record, response, component='goal'):
+  """A component that the environment gave; Unscored where no episode was run or it failed."""
+  if not response.outcome or response.outcome.get(component) is None:
+    raise Unscored(f'no {component} in the outcome of the environment: {response.outcome!r:.200}')
+  return float(response.outcome[component])
 
 
 def judge_gym(record, response):
