@@ -86,14 +86,8 @@ class Environment:
     validators = _validators(type(self))
     if name not in validators:
       return self._refuse(f'no tool {name[:60]!r}; there are: {", ".join(validators)}', again=True)
-    if len(repr(arguments)) > ARGUMENTS:
-      return self._refuse(f'the arguments are longer than {ARGUMENTS} characters', again=True)
-    error = next(validators[name].iter_errors(arguments), None)
-    if error:
-      where = '.'.join(map(str, error.path))
-      place = f' at {where}' if where else ''
-      return self._refuse(f'bad arguments{place}: {error.message[:200]}', again=True)
     try:
+      _check(arguments, validators[name])
       return self.call(name, arguments)
     except Refused as reason:
       return self._refuse(str(reason), again=True)
@@ -109,6 +103,18 @@ class Environment:
 def _validators(kind):
   functions = [schema['function'] for schema in kind.tools]
   return {each['name']: Draft202012Validator(each['parameters']) for each in functions}
+
+
+def _check(arguments, validator):
+  try:
+    if len(repr(arguments)) > ARGUMENTS:
+      raise Refused(f'the arguments are longer than {ARGUMENTS} characters')
+    error = next(validator.iter_errors(arguments), None)
+  except RecursionError:
+    raise Refused('the arguments are nested too deep') from None
+  if error:
+    where = ''.join(f' at {key}' for key in error.path)
+    raise Refused(f'bad arguments{where}: {error.message[:200]}')
 
 
 def cap(text, limit=OUTPUT):

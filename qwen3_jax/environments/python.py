@@ -7,6 +7,7 @@ from qwen3_jax.rewards import final
 from qwen3_jax.rewards.sandbox import Sandbox
 
 CODE, ERROR = 10_000, 1000  # characters of a program; of what it says on stderr
+SECONDS, CALLS = 4.0, 2  # of a call; of a turn: so that no turn takes as long as a step may
 _ENDS = {'time': 'the program took too long', 'memory': 'the program used too much memory',
          'output': 'the program printed too much', 'killed': 'the program was killed'}
 
@@ -18,7 +19,7 @@ class Python(Environment):
     'variables of earlier calls are gone.', ['code'], code={'type': 'string', 'maxLength': CODE}),)
 
   def __init__(self):
-    self.sandbox = Sandbox()
+    self.sandbox = Sandbox(seconds=SECONDS)
     self.sandbox.check()  # without a sandbox no episode can begin
 
   def begin(self, settings):
@@ -86,4 +87,4 @@ def make(rng, difficulty):
     value, asked, said = compute(value), words.format(said), name
   plan.append((f'The program says {value}.', f'The answer is {value}.'))
   question = ' '.join([*lets[:-1], f'What is {asked}? Use Python.'])
-  return question, {'answer': str(value), 'turns': len(plan) + 3}, plan
+  return question, {'answer': str(value), 'turns': len(plan) + 3, 'calls': CALLS}, plan

@@ -41,7 +41,7 @@ class Todo(Environment):
       return f'Added item {self.free - 1}.'
     id = arguments['id']
     if id not in self.items:
-      raise Refused(f'there is no item {id:.0f}')
+      raise Refused(f'there is no item {id}')
     text, _ = self.items.pop(id) if name == 'remove_item' else self.items[id]
     if name == 'remove_item':
       return f'Removed "{text}".'

@@ -2,7 +2,9 @@
 import json
 import random
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from qwen3_jax.data import conversations
 from qwen3_jax.environments import records
@@ -108,7 +110,7 @@ def test_what_the_model_gets_wrong_it_is_told():
            (('add_item', {'text': 5}), "Error: bad arguments at text: 5 is not of type 'string'"),
            (('complete_item', {'id': '3'}), 'Error: bad arguments at id'),
            (('complete_item', {'id': True}), 'Error: bad arguments at id'),
-           (('complete_item', {'id': 10 ** 30}), 'Error: there is no item'),
+           (('complete_item', {'id': 10 ** 400}), 'Error: there is no item'),
            (('list_items', {'x': 1}), 'Error: bad arguments: Additional properties'),
            (('add_item', {'text': 'x' * 201}), 'Error: bad arguments at text'),
            (('add_item', {'text': 'x' * 20_001}), 'Error: the arguments are longer')]
@@ -116,9 +118,43 @@ def test_what_the_model_gets_wrong_it_is_told():
   for call, answer in cases:
     turn = environment.step(say('', call))
     assert len(turn.messages) == 1 and texts(turn)[0].startswith(answer) and not turn.done
-    assert len(texts(turn)[0]) < 400
+    assert len(texts(turn)[0]) < 500
   assert environment.outcome()['valid'] == 0
   assert texts(environment.step(say('', ('complete_item', {'id': 1e400}))))[0].startswith('Error')
+
+
+TEXT = st.text(st.characters(exclude_categories=()), max_size=12)
+VALUES = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(
+    ['doc-1', '/', '..', 'a/b', '1/0', '9**9**9', '((', 'print(1)', 10 ** 4000, '\ud800', '\0']),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+  max_leaves=6)
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if name != 'python'])
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_no_arguments_make_an_environment_raise(name, data):
+  """What a model could raise at will would take its worst episodes out of the count."""
+  record = make_record(name, 0, 3)
+  environment = start(record)
+  for _ in range(3):
+    chosen = data.draw(st.sampled_from(record['tools']))['function']
+    keys = st.sampled_from([*chosen['parameters']['properties'], 'other'])
+    made = data.draw(st.dictionaries(keys, VALUES, max_size=3))
+    turn = environment.step(say(data.draw(TEXT), (chosen['name'], made)))
+    assert all(text.encode() and len(text) < OUTPUT + 60 for text in texts(turn))
+  environment.step(say(data.draw(TEXT)))
+  assert all(0 <= part <= 1 for part in environment.outcome().values())
+
+
+def test_arguments_nested_deep_are_refused():
+  environment = start(make_record('todo', 0, 1))
+  nested = {}
+  for _ in range(100_000):
+    nested = {'text': nested}
+  assert texts(environment.step(say('', ('add_item', nested)))) == [
+    'Error: the arguments are nested too deep']
 
 
 @pytest.mark.parametrize('written', [
