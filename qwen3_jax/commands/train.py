@@ -5,8 +5,9 @@ config can be set: --config.optim.peak_lr=1e-4.
 
 Exit codes: 0 done; 42 stopped by SIGTERM and saved, run it again; 78 the config cannot be read (no
 such file, size or key, a value of the wrong type); 2 anything else that is wrong with the input
-(values that do not fit, data, tokenizer, checkpoints, a full disk); 3 training diverged; 75 the
-data that the config asks for could not all be made, run it again.
+(values that do not fit, data, tokenizer, checkpoints, a full disk); 3 training cannot go on: it
+diverged, or of reinforcement learning engine and trainer disagree or no answer teaches anything; 75
+the data that the config asks for could not all be made, run it again.
 
 Examples:
   python -m qwen3_jax train --config=configs/s1.py:tiny --workdir=runs/s1
@@ -22,14 +23,15 @@ from etils import epath
 from qwen3_jax.commands import config as configs
 from qwen3_jax.commands.prepare import prepare
 
-DIVERGED = 3
+STUCK = 3
 
 METHODS = {'pretrain': 'qwen3_jax.stages.pretrain', 'sft': 'qwen3_jax.stages.sft',
-           'reward': 'qwen3_jax.stages.reward', 'dpo': 'qwen3_jax.stages.dpo'}
+           'reward': 'qwen3_jax.stages.reward', 'dpo': 'qwen3_jax.stages.dpo',
+           'rl': 'qwen3_jax.stages.rl'}
 
 # What a run that is continued may change: how far, how often, on which machine; not what it learns.
 FREE = ('steps', 'epochs', 'save_every', 'keep', 'evaluate_every', 'mesh', 'remat', 'micro_batches',
-        'measure')
+        'measure', 'measure_reward', 'parity')
 
 
 def add_arguments(parser):
@@ -52,7 +54,7 @@ def main(args):
 
 def train(config, workdir):
   """Runs the stage of `config` in `workdir`; returns the exit code."""
-  from qwen3_jax.training.fit import Preempted
+  from qwen3_jax.training.fit import Preempted, Stuck
   from qwen3_jax.training.preemption import EXIT_CODE
   claim(workdir, config)
   tokenizer = prepare_tokenizer(config, workdir)
@@ -63,9 +65,9 @@ def train(config, workdir):
   except Preempted as e:
     print(e, file=sys.stderr)
     return EXIT_CODE
-  except FloatingPointError as e:
+  except (FloatingPointError, Stuck) as e:
     print(f'error: {e}', file=sys.stderr)
-    return DIVERGED
+    return STUCK
   return 0
 
 

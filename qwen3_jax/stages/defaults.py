@@ -105,3 +105,52 @@ def preference(stage, arg, method, **own):
   else:
     config.model.max_position = 40_960
   return config
+
+
+def reinforcement(stage, arg, **own):
+  """ConfigDict of reinforcement learning; `arg` as in `pretraining`, `own` overrides sections.
+
+  Qwen3 published neither batch, group, rate nor clip: these are what later open work settled on
+  (DAPO 2503.14476, ScaleRL 2510.13786, MiniRL 2512.01374), not measured here at real sizes. A
+  mixture of experts takes GSPO (2507.18071) with the engine's routes replayed (R3, 2510.11370).
+  """
+  config = pretraining(stage, arg, tokens=0)
+  small, sparse = config.model.layers == 4, bool(config.model.experts)
+  config.method, config.model.rope_theta = 'rl', 1e6
+  config.balance = config.router_z = None  # routing is replayed, not taught
+  config.reference = None  # of the KL term; None: init
+  config.policy = dict(kind='gspo' if sparse else 'dapo', clip_low=None, clip_high=None,
+                       dual_clip=None, beta=0.0, kl='unbiased', correction='token_tis',
+                       correction_low=None, correction_high=None, temperature=1.0, entropy='bonus',
+                       cov_penalty=1.0, advantage='group_mean_batch_std', aggregation=None)
+  config.rollout = dict(prompts=512, samples=16, updates=4, rounds=3, temperature=1.0,
+                        max_tokens=30_000, thinking_budget=None, overlong='mask', old='trainer',
+                        replay='engine' if sparse else None)
+  config.engine = dict(rows=256, pages=None, page=None, chunk=None)
+  # Steady or rising (report, section 4.2); the first entropy measured is the target.
+  config.entropy = dict(target=None, width=0.25, delta=0.001, start=0.0, least=0.0, most=0.01,
+                        rise=0.0)
+  config.parity = dict(every=10, mean=0.02, max=None, kl=0.005, ess=0.9)
+  config.curriculum = dict(high=0.9)
+  config.rewards = dict(defaults={}, gates=('mode',), judge=None, reward_model=None, workers=8,
+                        seconds={})
+  config.measure_reward = dict(prompts=512, samples=4)
+  del config.data.length_mix, config.data.weights, config.data.heldout_batches
+  config.data.update(dict(used=(), tokenizer_size=None, length=32_768, batch=16))
+  config.steps, config.save_every, config.evaluate_every = 680, 40, 20  # 170 rollouts
+  config.optim.update(dict(schedule='constant', peak_lr=1e-6, warmup=20, weight_decay=0.0))
+  config.model.max_position = 40_960
+  if small:
+    config.model.max_position = 1024
+    config.rollout.update(dict(prompts=64, samples=8, updates=4, rounds=2, max_tokens=160,
+                               old='engine'))
+    config.policy.correction = None  # the engine's policy is the old one: they agree to 1e-6
+    config.engine.rows, config.rewards.workers = 256, 2
+    config.parity.update(dict(every=10, mean=1e-4, kl=1e-4))
+    config.measure_reward = dict(prompts=128, samples=2)
+    config.data.length, config.data.batch = 256, 8
+    config.steps, config.save_every, config.evaluate_every = 80, 20, 20
+    config.optim.update(dict(peak_lr=3e-4, warmup=4))
+  for name, values in own.items():
+    config[name].update(values)
+  return config

@@ -18,13 +18,14 @@ from qwen3_jax.training.checkpoint import Checkpoints
 from qwen3_jax.training.metrics import Metrics
 
 
-def train(config, workdir, *, spec, loss, open_loader, heldout, make=transformer.make,
-          restore=load.load_params, report=losses.report):
+def train(config, workdir, *, spec, loss, open_loader, heldout=None, make=transformer.make,
+          restore=load.load_params, report=losses.report, micro_rows=None):
   """Trains one stage in `workdir` up to `config.steps`, from its last checkpoint if it has one.
 
-  `loss(params, batch)` and `report(sums)` are the stage's (see `training.step.make_step`);
-  `open_loader(mesh)` gives its stream of batches (`data.packing.Loader`), `heldout(mesh)` {name:
-  global batches}.
+  `loss(params, batch)` and `report(sums)` are the stage's (see `training.step.make_step`, also for
+  `micro_rows`); `open_loader(mesh)` gives its stream of batches (`data.packing.Loader`) with
+  `heldout(mesh)` {name: global batches} beside it, or what makes batches of the present weights
+  (`experience.Experience`), which measures by itself.
   `make(spec, seed)` builds random weights, `restore(folder, spec, mesh, dtype)` those of
   `config.init` (float32 without `dtype`). With `config.lora.rank` adapters alone are trained.
   """
@@ -38,20 +39,31 @@ def train(config, workdir, *, spec, loss, open_loader, heldout, make=transformer
     if options['rank'] is not None:
       loss, make, *frozen = adapt(config, workdir, spec, mesh, loss, make, restore)
       restore, flops = None, spec.flops_per_token(config.data.length, frozen=True)
-    evaluate = fit.evaluator(loss, heldout(mesh), report, frozen)
+    merge = jax.jit(lora.merge)
+
+    def whole(params):
+      return merge(*frozen, params) if frozen else params
+    if heldout:
+      evaluate = fit.evaluator(loss, heldout(mesh), report, frozen)
+    else:
+      def evaluate(params):
+        return loader.measure(whole(params))
     if checkpoints.latest() is None:
       state = first_state(config, spec, optimizer, mesh, make, restore)
     else:
       state = resume(config, spec, optimizer, mesh, make, checkpoints, loader)
-    step = training.make_step(loss, optimizer, rate, config.micro_batches, report)
+    step = training.make_step(loss, optimizer, rate, config.micro_batches, report, micro_rows)
     out = jax.tree.map(lambda x: x.sharding, state), None
     compiled = jax.jit(step, donate_argnums=0, out_shardings=out)
 
     def step(state, batch):
-      return compiled(state, batch, *frozen)
+      state, values = compiled(state, batch, *frozen)
+      return state, values | getattr(loader, 'notes', {})
 
     def draw(params, number):
-      return alphabet.to_global(next(loader), loader.rows, loader.batch, mesh)
+      if heldout:
+        return alphabet.to_global(next(loader), loader.rows, loader.batch, mesh)
+      return loader.draw(whole(params), number)
     with Metrics(workdir, config.steps, config.stage, int(state.step), flops) as metrics:
       return fit.fit(state, step, draw, steps=config.steps, checkpoints=checkpoints,
                      metrics=metrics, cursor=lambda: gather_cursor(loader.state()),

@@ -13,6 +13,10 @@ class Preempted(Exception):
   """The machine is going away; the state was saved. Start again to continue."""
 
 
+class Stuck(Exception):
+  """There is nothing to go on with: what `draw` found cannot be learnt from."""
+
+
 def fit(state, step, draw, *, steps, checkpoints, metrics, cursor=dict, config=None, save_every=500,
         evaluate=None, evaluate_every=500):
   """Trains from `state.step` up to `steps` and returns the last state, saved.
