@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 
+from qwen3_jax.rewards import cgroup
 from qwen3_jax.rewards.response import Unscored
 
 FRAME = 4 * 2 ** 20  # bytes of one message on the channel
@@ -26,17 +27,28 @@ class Result:
   seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What bubblewrap and the kernel's limits per process do not see to."""
+  output: int  # bytes of stdout and of stderr
+  processor: int  # seconds, as the kernel was told
+  memory: int  # bytes of all processes together
+  tasks: int  # as many as are needed; with more, waiting for a processor counts
+
+
 class Child:
   """A running program and its pipes; a context manager whose end leaves no process or descriptor.
 
-  `command` is bubblewrap with its arguments (bytes: handed over as a file descriptor), `program` what runs inside, `processor` its limit of
-  processor seconds. With `channel`, two more descriptors, whose numbers end the program's
-  arguments, carry lines from and to `ask`. After `wait` or the end, `result` says what happened.
-  Raises Unscored where the program never began.
+  `command` is bubblewrap with its arguments (bytes: handed over as a descriptor), `program` what
+  runs inside. With `channel`, two more descriptors, whose numbers end the program's arguments,
+  carry lines from and to `ask`. After `wait` or the end, `result` says what happened. Raises
+  Unscored where the program never began.
   """
 
-  def __init__(self, command, program, stdin, files, channel, output_bytes, processor, group=None):
-    self.output_bytes, self.processor, self.group = output_bytes, processor, group
+  def __init__(self, command, program, stdin, files, channel, limits):
+    self.allowed = limits
+    self.group = cgroup.take(limits.memory)
+    self.kills = cgroup.count_kills(self.group) if self.group else 0
     self.started, self.result, self.status = time.monotonic(), None, None
     self.process = self.inside = None
     self.selector, self.buffers, self.limits = selectors.DefaultSelector(), {}, {}
@@ -81,11 +93,12 @@ class Child:
       theirs.callback(os.close, end)
       os.set_blocking(self.requests, False)
       numbers = [end, pipe('reply', FRAME)]
+    command = [*(cgroup.enter(self.group) if self.group else []), *command]
     command = [place(part) if isinstance(part, bytes) else part for part in command]
     self.process = subprocess.Popen(
       [*command, *options, '--remount-ro', '/', '--', *program, *map(str, numbers)],
-      stdin=memory(stdin), stdout=pipe('stdout', self.output_bytes),
-      stderr=pipe('stderr', self.output_bytes), env={}, cwd='/', pass_fds=[*passed, *numbers])
+      stdin=memory(stdin), stdout=pipe('stdout', self.allowed.output),
+      stderr=pipe('stderr', self.allowed.output), env={}, cwd='/', pass_fds=[*passed, *numbers])
     self.selector.register(os.pidfd_open(self.process.pid), selectors.EVENT_READ, 'ended')
 
   def _listen(self, fd, name, limit):
@@ -207,9 +220,12 @@ class Child:
     return True
 
   def _extend(self, elapsed, seconds):
-    """Seconds that a program starved by a busy machine may go on; 0 where its time is used up."""
-    ran, waited = measure_tree(self.process.pid)
-    if elapsed - waited >= 0.9 * seconds or ran >= 0.9 * seconds:
+    """Seconds that a program starved by a busy machine may go on; 0 where its time is used up.
+
+    One with more tasks than expected may have starved itself, and gets nothing.
+    """
+    ran, waited, tasks = measure_tree(self.process.pid)
+    if elapsed - waited >= 0.9 * seconds or ran >= 0.9 * seconds or tasks > self.allowed.tasks:
       return 0.0
     if elapsed >= PATIENCE * seconds:
       raise Unscored(f'a program of {seconds:g} s got {ran:.1f} s of processor in {elapsed:.0f} s')
@@ -255,6 +271,10 @@ class Child:
       if fd is not None:
         os.close(fd)
     self.process = self.requests = self.inside = None
+    if self.group:
+      self.kills = cgroup.count_kills(self.group) - self.kills
+      cgroup.give(self.group)
+      self.group = None
 
   def _judge(self, status, elapsed):
     """The Result, or Unscored where the program never began."""
@@ -262,10 +282,12 @@ class Child:
                       for name in ('stdout', 'stderr'))
     found = bytes(self.buffers['status']).rpartition(b'"exit-code":')
     code = int(found[2].strip(b' }\n')) if found[1] else None
+    if status in (None, 'killed') and self.kills:
+      status = 'memory'
     if status is None and code is None:
       raise Unscored(f'bubblewrap did not begin: {stderr.strip()[-300:]}')
     if status is None:
-      if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL) and elapsed >= self.processor:
+      if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL) and elapsed >= self.allowed.processor:
         status = 'time'
       elif code > 128:
         status = 'killed'
@@ -278,12 +300,12 @@ class Child:
 
 
 def measure_tree(pid):
-  """(processor seconds, seconds spent waiting for a processor) of a process and its descendants.
+  """(processor seconds, seconds waiting for a processor, tasks) of a process and its descendants.
 
   The second is of the task that waited longest in each generation, all generations together. From
   /proc/PID/task/TID/schedstat and children; what the kernel does not tell counts as 0.
   """
-  ran, waited, generation = 0, 0, [pid]
+  ran, waited, tasks, generation = 0, 0, 0, [pid]
   while generation:
     longest, following = 0, []
     for parent in generation:
@@ -291,8 +313,8 @@ def measure_tree(pid):
         for task in os.listdir(f'/proc/{parent}/task'):
           with open(f'/proc/{parent}/task/{task}/schedstat') as file:
             run, wait = map(int, file.read().split()[:2])
-          ran, longest = ran + run, max(longest, wait)
+          ran, longest, tasks = ran + run, max(longest, wait), tasks + 1
           with open(f'/proc/{parent}/task/{task}/children') as file:
             following += map(int, file.read().split())
     waited, generation = waited + longest, following
-  return ran / 1e9, waited / 1e9
+  return ran / 1e9, waited / 1e9, tasks

@@ -59,6 +59,8 @@ def _encode_rare(value, keep):
   if name in ('collections.deque', 'array.array', 'builtins.dict_keys', 'builtins.dict_values',
               'builtins.dict_items'):
     return {'sequence': [name.partition('.')[2], [encode(item, keep) for item in value]]}
+  if kind is type and value.__module__ == 'builtins':
+    return {'type': value.__name__}
   if hasattr(kind, '__next__'):
     return {'iterator': [encode(item, keep) for item in itertools.islice(value, _MANY)]}
   if keep is None:
@@ -99,9 +101,18 @@ def _make_fraction(text):
   return Fraction(int(above), int(below or 1))
 
 
-_SCALARS = {'int': lambda text: int(text, 16), 'complex': lambda pair: complex(*pair),
-            'bytes': bytes.fromhex, 'range': lambda ends: range(*map(decode, ends)),
-            'decimal': _make_decimal, 'fraction': _make_fraction}
+def _find_type(name):
+  import builtins
+  kind = getattr(builtins, name)
+  if not isinstance(kind, type):
+    raise Unsent(f'{name[:20]!r} is no type')
+  return kind
+
+
+_SCALARS = {'type': _find_type, 'int': lambda text: int(text, 16),
+            'complex': lambda pair: complex(*pair), 'bytes': bytes.fromhex,
+            'range': lambda ends: range(*map(decode, ends)), 'decimal': _make_decimal,
+            'fraction': _make_fraction}
 _COLLECTIONS = {'tuple': tuple, 'set': set, 'frozenset': frozenset, 'iterator': iter}
 
 
@@ -258,16 +269,22 @@ def serve_tests(requests, replies):
       if not (isinstance(kind, type) and issubclass(kind, Exception)):
         kind = RuntimeError
       raise RuntimeError(reply['text']) if kind in _AWKWARD else kind(reply['text'])
-    return decode(reply['value'], lambda place: Remote(ask, place))
+    try:
+      return decode(reply['value'], lambda place: Remote(ask, place))
+    except Unsent as error:  # made up by the answer
+      raise RuntimeError(str(error)) from None
 
   space = {'__name__': 'tests'}
   passed = []
   try:
     exec(compile(job['setup'], 'setup.py', 'exec'), space)
     space.update({name: Remote(ask, name) for name in job['names']})
-    exec(compile(job['late_setup'], 'setup.py', 'exec'), space)
+    ready = not job['late_setup']
     for source in job['tests']:
       try:
+        if not ready:
+          exec(compile(job['late_setup'], 'setup.py', 'exec'), space)
+          ready = True
         exec(compile(source, 'tests.py', 'exec'), space)
         passed.append(True)
       except Unsent:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 
-from qwen3_jax.rewards.child import Child, Result
+from qwen3_jax.rewards.child import Child, Limits, Result
 from qwen3_jax.rewards.response import Unscored
 from qwen3_jax.rewards.seccomp import make_filter
 
@@ -120,7 +120,8 @@ class Sandbox:
     return True
 
   def _find_fault(self):
-    probe = f'MEMORY, PROCESSES = {self.memory_mb * 2 ** 20}, {self.processes}\n{_PROBE}'
+    probe = (f'MEMORY, PROCESSES = {self.memory_mb * 2 ** 20}, {self.processes}\n'
+             f'PACKAGE = {HARNESS!r}\n{_PROBE}')
     try:
       with self._start(probe, '', None, 10.0) as child:
         child.wait(30.0)
@@ -154,7 +155,8 @@ class Sandbox:
               f'--nproc={self.processes + 1}', f'--cpu={processor}:{processor + 1}', '--core=0',
               f'--nofile={_FILES}', f'--fsize={DISK}', '--']
     return Child([*drop_root(), *_bubblewrap(), *binds], [*limits, *program], stdin, files, channel,
-                 self.output_bytes, processor)
+                 Limits(self.output_bytes, processor, self.memory_mb * 2 ** 20,
+                        tasks=3 + ('programs' in program)))
 
 
 class Session:
@@ -212,12 +214,13 @@ def find_interpreter(python=None):
           'print(json.dumps([sys.argv[1], sys.base_prefix, library]))')
   for choice in choices:
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-      done = subprocess.run([*drop_root(), choice, '-I', '-S', '-c', code, choice], env={}, timeout=60,
-                            capture_output=True, cwd='/', stdin=subprocess.DEVNULL, check=True)
+      done = subprocess.run([*drop_root(), choice, '-I', '-S', '-c', code, choice], check=True,
+                            capture_output=True, cwd='/', env={}, timeout=60,
+                            stdin=subprocess.DEVNULL)
       path, prefix, library = json.loads(done.stdout)
       return path, _show(path, prefix, library)
-  raise RuntimeError(f'the sandbox\'s user cannot run {" or ".join(choices)}; install the '
-                     'system\'s python3, or name one that others may read in python=')
+  raise RuntimeError(f"the sandbox's user cannot run {' or '.join(choices)}; install the "
+                     "system's python3, or name one that others may read in python=")
 
 
 def _show(path, prefix, library):
@@ -265,7 +268,7 @@ def _bubblewrap():
           '--chdir', '/tmp', '--seccomp', make_filter()]
 
 
-_PROBE = '''
+_PROBE = """
 import json, os, signal, socket
 
 def denied(action):
@@ -279,7 +282,7 @@ held = {'the network is not denied': denied(lambda: socket.socket()),
         'the host can be written to': all(denied(lambda path=path: open(path, 'w'))
           for path in ('/x', '/usr/lib/x', '/usr/bin/x', '/dev/x', '/etc/x', '/home/x')),
         'the host can be read': all(map(lambda path: not os.path.exists(path),
-          ('/proc', '/sys', '/etc/passwd', '/home', '/root', '/var', '/run'))),
+          (PACKAGE, '/proc', '/sys', '/etc', '/var', '/run', '/boot', '/srv'))),
         'memory is not limited': denied(lambda: bytearray(MEMORY))}
 children = []
 try:
@@ -295,4 +298,4 @@ for child in children:
   os.waitpid(child, 0)
 print(json.dumps({'uid': os.getuid(), 'forks': len(children), 'held': held,
                   'environment': sorted(os.environ)}))
-'''
+"""
