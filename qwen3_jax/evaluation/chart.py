@@ -70,6 +70,18 @@ def draw_legend(series):
     for each in entries.values()) + '</p>'
 
 
+def write_figure(heading, caption, series, x_label, y_label, wide=False, **options):
+  """A chart with its heading, caption and legend as HTML; '' where nothing is to be drawn."""
+  size = {'width': 1040, 'height': 360} if wide else {}
+  plot = draw(series, x_label, y_label, **size, **options)
+  if not plot:
+    return ''
+  legend = draw_legend(series) if len({each.name for each in series}) > 1 else ''
+  return (f'<figure class="{"wide" if wide else "small"}"><h3>{escape(heading)}</h3>'
+          f'<figcaption>{escape(caption)}</figcaption>{legend}<div class="plot">{plot}</div>'
+          '</figure>')
+
+
 def escape(text):
   """Text safe in HTML; control characters, those of text direction included, become U+FFFD."""
   return html.escape(UNSAFE.sub('\ufffd', str(text).replace('\r\n', '\n')))

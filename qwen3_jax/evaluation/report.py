@@ -11,7 +11,8 @@ import re
 
 from etils import epath
 
-from qwen3_jax.evaluation.chart import Band, Series, draw, draw_legend, escape, format_number
+from qwen3_jax.evaluation.chart import Band, Series, escape, format_number, write_figure
+from qwen3_jax.evaluation.reinforcement import is_reinforcement, write_rewards
 from qwen3_jax.evaluation.tables import write_filters, write_modes, write_table
 from qwen3_jax.training import metrics
 
@@ -95,7 +96,8 @@ details pre { font-size: 13px; padding: 10px 0 0 18px }
 ORDER = ('s1', 's2', 's3', 'cold_start', 'reasoning_rl', 'fusion', 'general_rl', 'distill_off',
          'distill_on')
 TITLES = {'s1': 'S1 general', 's2': 'S2 reasoning', 's3': 'S3 long context',
-          'cold_start': 'Cold start', 'fusion': 'Fusion',
+          'cold_start': 'Cold start', 'reasoning_rl': 'Reasoning RL', 'fusion': 'Fusion',
+          'general_rl': 'General RL',
           'reward_model': 'Reward model', 'dpo': 'DPO'}
 
 
@@ -116,7 +118,8 @@ def write_report(path, title, stages, facts):
   facts |= {name: value for name, value in _sum_up(stages).items() if name not in facts}
   parts = [
     '<header>', f'<h1>{escape(title)}</h1>', _write_summary(stages),
-    _write_facts(facts), '</header>', write_modes(stages, _title), _write_curves(stages),
+    _write_facts(facts), '</header>', write_modes(stages, _title),
+    write_rewards(stages, _title), _write_curves(stages),
     _write_stages(stages), *[_write_probe(stage) for stage in stages],
     write_filters(stages, _title), _write_samples(stages), _write_details(stages, tables)]
   new = path.parent / f'{path.name}.new'
@@ -218,17 +221,6 @@ def _write_facts(facts):
   return f'<dl class="facts">{items}</dl>' if items else ''
 
 
-def _write_figure(heading, caption, series, x_label, y_label, wide=False, **options):
-  size = {'width': 1040, 'height': 360} if wide else {}
-  plot = draw(series, x_label, y_label, **size, **options)
-  if not plot:
-    return ''
-  legend = draw_legend(series) if len({each.name for each in series}) > 1 else ''
-  return (f'<figure class="{"wide" if wide else "small"}"><h3>{escape(heading)}</h3>'
-          f'<figcaption>{escape(caption)}</figcaption>{legend}<div class="plot">{plot}</div>'
-          '</figure>')
-
-
 def _place(stages):
   """x of every line, running on through the stages, with the bands and the name of x.
 
@@ -256,7 +248,8 @@ def _write_curves(stages):
 
   def curve(key, name, color=0, style='line', smooth=None):
     return [Series(name, xs, _smooth(_values(stage, key), smooth), color, style)
-            for stage, xs in zip(stages, places)]
+            for stage, xs in zip(stages, places)
+            if key != 'loss' or not is_reinforcement(stage)]
 
   losses = [*curve('loss', 'train, each step', 0, 'faint'),
             *curve('loss', 'train, smoothed', 0, smooth=25),
@@ -271,11 +264,11 @@ def _write_curves(stages):
      + curve('tokens_per_s', 'smoothed', 2, smooth=25), {'zero': True}),
     ('Expert balance', 'Balance loss, and the busiest expert against the mean; 1 is even.',
      curve('balance', 'balance loss', 3) + curve('expert_peak', 'busiest expert', 1), {})]
-  figures = [_write_figure(heading, caption, series, x_label, heading.lower(), bands=bands,
+  figures = [write_figure(heading, caption, series, x_label, heading.lower(), bands=bands,
                            **options) for heading, caption, series, options in small]
   return '\n'.join([
     '<section>', '<h2>Curves</h2>',
-    _write_figure('Loss', 'Mean negative log-likelihood of the next token, in nats.', losses,
+    write_figure('Loss', 'Mean negative log-likelihood of the next token, in nats.', losses,
                   x_label, 'loss', wide=True, bands=bands),
     '<div class="grid">', *filter(None, figures), '</div>', '</section>'])
 
@@ -344,7 +337,7 @@ def _write_probe(stage):
             for i, (name, losses) in enumerate(probe['losses'].items())]
   old, last = probe.get('old_length'), max(probe['positions'])
   bands = [Band('trained length before', 0, old), Band('beyond it', old, last)] if old else []
-  figure = _write_figure(
+  figure = write_figure(
     'Loss by position', 'Mean loss of held-out text against the position in it: lower to the right '
     'means that the model uses what lies far back.', series, 'position', 'loss', wide=True,
     bands=bands)
