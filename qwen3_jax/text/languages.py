@@ -5,12 +5,14 @@ import re
 from collections import Counter
 
 CHARACTERS = 400  # of a paragraph, that the classifier sees
-_NOT_PROSE = re.compile(
-  r'```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`|<tool_call>.*?(?:</tool_call>|\Z)|<<[^>\n]*>>'
-  r'|\\begin\{((?:equation|align|gather|multline|cases|array|tabular|[bpv]?matrix|verbatim'
-  r'|lstlisting|tikzpicture)\*?)\}.*?\\end\{\1\}|\$\$.*?\$\$|\$[^$\n]{1,400}\$|\\\(.*?\\\)'
-  r'|\\\[.*?\\\]|\\[A-Za-z]+|\[asy\].*?(?:\[/asy\]|\Z)|https?://\S+|\S+@\S+\.\w+|</?\w[^>\n]*>'
-  r'|^[ \t]*[\[{]+[ \t]*(?:["\'\[{][^\n]*)?$|^(?:\t| {4,})[^\n]*$', re.DOTALL | re.MULTILINE)
+_NOT_PROSE = re.compile(  # every repetition is bounded or ends in one pass: texts may be hostile
+  r'```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`|<tool_call>.*?(?:</tool_call>|\Z)'
+  r'|<<[^<>\n]{0,400}>>|\\begin\{((?:equation|align|gather|multline|cases|array|tabular'
+  r'|[bpv]?matrix|verbatim|lstlisting|tikzpicture)\*?)\}.{0,4000}?\\end\{\1\}|\$\$.*?\$\$'
+  r'|\$[^$\n]{1,400}\$|\\\((?:(?!\\\().){0,1000}?\\\)|\\\[(?:(?!\\\[).){0,4000}?\\\]|\\[A-Za-z]+'
+  r'|\[asy\].*?(?:\[/asy\]|\Z)|https?://\S+|(?<![^\s@])[^\s@]{1,64}@[^\s@.]{1,64}(?:\.\w+)+'
+  r'|</?\w[^<>\n]{0,400}>|^[ \t]*[\[{]+[ \t]*(?:["\'\[{][^\n]*)?$|^(?:\t| {4,})[^\n]*$',
+  re.DOTALL | re.MULTILINE)
 _MENTION = re.compile(  # what is named or quoted is no mixing
   r'"[^"\n]{1,80}"|“[^”\n]{1,80}”|«[^»\n]{1,80}»|‘[^’\n]{1,80}’|「[^」\n]{1,80}」|『[^』\n]{1,80}』'
   r'|《[^》\n]{1,80}》|\([^()\n]{1,80}\)|（[^（）\n]{1,80}）|_[^_\n]{1,80}_|\*[^*\n]{1,80}\*')
@@ -118,7 +120,7 @@ def _find_foreign_script(prose, scripts, total, expected, wanted):
 def _run_pattern(name):
   letters = _SCRIPTS[name]
   if name == 'Latin':
-    return re.compile(r"[A-Za-z][A-Za-z'’-]*(?:[ ,;]+[A-Za-z][A-Za-z'’-]*){7,}")
+    return re.compile(r"(?<![A-Za-z'’-])[A-Za-z][A-Za-z'’-]*(?:[ ,;]+[A-Za-z][A-Za-z'’-]*){7,}")
   return re.compile(f'[{letters}](?:[ ]?[{letters}]){{{_DENSE.get(name, 4) - 1},}}')
 
 
