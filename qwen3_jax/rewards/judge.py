@@ -47,7 +47,8 @@ class Judge:
 
   `ask(conversations, attempt)` gives for each conversation the judge's words without its reasoning,
   or None where it could not be asked. What cannot be read is asked again, `tries` times in all;
-  after `seconds` in all what is not known by then is Unscored. `template` is SCORE or RIGHT.
+  after `seconds` in all what is not known is Unscored (None: no limit, and `ask` is called in this
+  thread). `template` is SCORE or RIGHT.
   """
 
   def __init__(self, ask, template=SCORE, tries=3, seconds=300.0):
@@ -56,11 +57,14 @@ class Judge:
   def __call__(self, pairs):
     prompts = [write_prompt(self.template, record, response) if response.content.strip() else None
                for record, response in pairs]
-    unknown = Unscored(f'the judge said nothing within {self.seconds:g} s')
+    unknown = Unscored(f'the judge said nothing within {self.seconds} s')
     verdicts = {prompt: unknown for prompt in prompts if prompt}
-    thread = threading.Thread(target=self._judge, args=(verdicts,), daemon=True, name='judge')
-    thread.start()
-    thread.join(self.seconds)
+    if self.seconds is None:
+      self._judge(verdicts)
+    else:
+      thread = threading.Thread(target=self._judge, args=(verdicts,), daemon=True, name='judge')
+      thread.start()
+      thread.join(self.seconds)
     return [verdicts[prompt] if prompt else 0.0 for prompt in prompts]
 
   def _judge(self, verdicts):

@@ -37,11 +37,13 @@ class Router:
   response) pairs that give a number, None or an exception for each. `defaults` maps a source to the
   {name: weight} of its records that name none; `gates` are verifiers without whose full mark no
   other positive component counts; scorers in `unbounded` are normalised per source. `seconds` maps
-  names to other deadlines.
+  names to other deadlines. Scorers in `inline` run in the calling thread, as JAX wants it where
+  several processes compute together, and have no deadline.
   """
 
   def __init__(self, scorers=None, defaults=None, gates=('mode',), unbounded=('preference',),
-               workers=2, seconds=None):
+               workers=2, seconds=None, inline=()):
+    self.inline = inline
     self.scorers, self.defaults = dict(scorers or {}), dict(defaults or {})
     self.gates, self.unbounded, self.seconds = gates, unbounded, dict(seconds or {})
     self.pool, self.hung, self.statistics = Pool(workers), {}, {}
@@ -58,9 +60,9 @@ class Router:
     wanted = [self.weigh(record) for record in records]
     pairs = list(zip(records, responses, strict=True))
     found = [{} for _ in pairs]
+    asked = {name for weights in wanted for name in weights} & {*self.scorers}
     running = [self._start(name, [i for i, weights in enumerate(wanted) if name in weights], pairs)
-               for name in sorted({name for weights in wanted for name in weights} & {
-                 *self.scorers})]
+               for name in sorted(asked, key=lambda name: (name in self.inline, name))]
     jobs = [(i, name) for i, weights in enumerate(wanted) for name in weights
             if name not in self.scorers]
     values = self.pool.run([(name, *pairs[i]) for i, name in jobs],
@@ -122,13 +124,14 @@ class Router:
       return name, places, before, answer, 0.0, len(places)
     thread = threading.Thread(target=_call, daemon=True, name=f'scorer {name}', args=(
       self.scorers[name], [pairs[i] for i in places], answer))
-    thread.start()
+    (thread.run if name in self.inline else thread.start)()
     until = time.monotonic() + self.seconds.get(name, SCORER_SECONDS)
     return name, places, thread, answer, until, len(places)
 
   def _finish(self, run):
     name, places, thread, answer, until, count = run
-    thread.join(max(0.0, until - time.monotonic()))
+    if not answer:
+      thread.join(max(0.0, until - time.monotonic()))
     if not answer:
       self.hung[name] = thread
       return name, places, [Missing('deadline' if until else 'an earlier call still hangs')] * count

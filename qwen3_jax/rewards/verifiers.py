@@ -11,8 +11,8 @@
 | length | limit | the answer's length is within the limit |
 | language | language | the answer is in the wanted language |
 | repetition, overlong | limit | penalties |
-| environment | environment | an episode reached its goal |
-| environment.X | environment | component X of its outcome, such as valid |
+| environment | environment | the reward of an episode's end |
+| environment.X | environment | component X of its outcome, such as goal or valid |
 | gym | gym | reasoning-gym's own verdict |
 """
 import importlib
@@ -57,7 +57,7 @@ def judge_math(record, response):
                                  kind if kind in ('choice', 'text') else None))
 
 
-def read_outcome(record, response, component='goal'):
+def read_outcome(record, response, component='reward'):
   """A component that the environment gave; Unscored where no episode was run or it failed."""
   if not response.outcome or response.outcome.get(component) is None:
     raise Unscored(f'no {component} in the outcome of the environment: {response.outcome!r:.200}')

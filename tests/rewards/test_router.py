@@ -101,10 +101,10 @@ def test_all_missing_gives_no_reward(route):
 
 def test_outcomes_of_environments(route):
   record = ask(**{'environment': 0.75, 'environment.valid': 0.25}) | {'environment': {'name': 'x'}}
-  done = say('done', outcome={'goal': 1.0, 'valid': 0.5})
-  scored = route(workers=1).score([record] * 3, [done, say('7'), say('7', outcome={'goal': None})])
+  done = say('done', outcome={'reward': 1.0, 'valid': 0.5})
+  scored = route(workers=1).score([record] * 3, [done, say('7'), say('7', outcome={'goal': 1.0})])
   assert [s.reward for s in scored] == [0.875, None, None]
-  assert 'no goal' in scored[2].missing['environment']
+  assert 'no reward' in scored[2].missing['environment']
 
 
 def test_unbounded_scores_are_normalised_by_source_and_resume(route):
