@@ -78,9 +78,9 @@ class RewardScorer:
   """A scorer for `Router`: the reward model's number for each (record, response), unbounded.
 
   It reads the prompt and the answer without its reasoning (of an episode, all its messages), with
-  control tokens broken; for nothing at all it reads NOTHING. Rows run sorted by length, `batch` at once, padded to a power of two from
-  `shortest` on: one compilation for each such length. What is longer than the model's positions is
-  Unscored.
+  control tokens broken; of an empty answer, NOTHING. Rows run sorted by length, `batch` at once,
+  padded to a power of two from `shortest` on: one compilation for each such length. What is longer
+  than the model's positions is Unscored.
   """
 
   def __init__(self, model, tokenizer, batch=8, shortest=64):
