@@ -2,8 +2,6 @@
 
 import re
 
-from qwen3_jax.rewards.response import Unscored
-
 OMITTED = ''  # among the accepted values of an argument: it may be left out
 _LOOSE = re.compile(r'[ ,./\-_*^]')
 _FLOATS = ('float', 'number', 'double')
@@ -17,23 +15,20 @@ def verify(record, response):
   arguments, and each value equals an accepted one: of the same type (an integer does where
   record['tools'] wants a float, and for a float that is accepted), texts without regard to case,
   spaces and ,./-_*^, lists in order, objects by {name: [accepted values]}. Arguments that the tool
-  requires may not be left out. Markup of a call that cannot be read is wrong. Raises Unscored
+  requires may not be left out. Markup of a call that cannot be read is wrong. Raises ValueError
   where an expected call is of no tool of the record.
   """
-  tools = {tool['name']: tool.get('parameters') or {} for tool in map(_open, record['tools'])}
+  tools = {tool['name']: tool.get('parameters') or {}
+           for tool in (tool.get('function', tool) for tool in record.get('tools') or ())}
   expected = [next(iter(call.items())) for call in record.get('expected_calls') or ()]
   if strange := {name for name, _ in expected} - tools.keys():
-    raise Unscored(f'expected calls of tools that the record does not have: {sorted(strange)}')
+    raise ValueError(f'expected calls of tools that the record does not have: {sorted(strange)}')
   calls = response.tool_calls
   if len(calls) != len(expected) or re.search('</?tool_call>', response.content):
     return 0.0
   fits = [[call['name'] == name and _match_arguments(call['arguments'], accepted, tools[name])
            for name, accepted in expected] for call in calls]
   return float(_pair(fits))
-
-
-def _open(tool):
-  return tool.get('function', tool)
 
 
 def _pair(fits):
