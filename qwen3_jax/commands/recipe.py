@@ -88,16 +88,26 @@ def describe(plan):
         + (f' ({spec.parameters(active=True):,} active)' if spec.experts else ''))
   width = max(len(name) for name, _ in plan)
   for name, config in plan:
-    spec, data = load.spec_from(config.model), config.data
-    tokens = (config.steps or 0) * data.batch * data.length
-    flops = tokens * spec.flops_per_token(data.length)
-    much = (f'{config.steps:,} steps x {data.batch} x {data.length:,} = {tokens:,} tokens, '
-            f'{flops:.2g} FLOPs') if tokens else (
-      f'{config.epochs} epochs of {data.sources or "data.sources, not set yet"} in rows of '
-      f'{data.length:,}')
     made = f', data made by {config.prepare.by}' if config.get('prepare') else ''
-    print(f'{name:>{width}}: {much}{made}, RoPE base {spec.rope_theta:,.0f}, from '
+    print(f'{name:>{width}}: {count(config)}{made}, RoPE base {config.model.rope_theta:,.0f}, from '
           f'{config.init or "random weights"}')
+
+
+def count(config):
+  """How much a stage does, in words."""
+  from qwen3_jax.stages import load
+  spec, data = load.spec_from(config.model), config.data
+  if config.method == 'rl':
+    r = config.rollout
+    return (f'{config.steps:,} updates on {-(-config.steps // r.updates):,} rollouts of '
+            f'{r.prompts:,} prompts x {r.samples} answers')
+  tokens = (config.steps or 0) * data.batch * data.length
+  if not tokens:
+    return (f'{config.epochs} epochs of {data.sources or "data.sources, not set yet"} in rows of '
+            f'{data.length:,}')
+  flops = tokens * spec.flops_per_token(data.length)
+  return (f'{config.steps:,} steps x {data.batch} x {data.length:,} = {tokens:,} tokens, '
+          f'{flops:.2g} FLOPs')
 
 
 def finish(plan, workdir):
@@ -110,13 +120,18 @@ def finish(plan, workdir):
   spec = load.spec_from(plan[-1][1].model)
   (workdir / 'facts.json').write_text(json.dumps({
       'Parameters': f'{spec.parameters():,}', 'Layers': spec.layers, 'Width': spec.width}))
-  print('\nheld-out loss by stage (text, then conversations)')
+  print('\nheld-out loss by stage (text, then conversations), or reward')
   for name, _ in plan:
     lines = metrics.read(workdir / name)
     heldout = [line['heldout_loss'] for line in lines if 'heldout_loss' in line]
     seconds = sum(line['seconds'] for line in lines)
     if heldout:
       print(f'  {name}: {heldout[0]:.3f} -> {heldout[-1]:.3f} nats a token, {seconds:.0f} s')
+    rewards = [line for line in lines if line.get('heldout_reward') is not None]
+    if rewards:
+      first, last = ('{heldout_reward:.3f} ({heldout_reward_low:.3f} to {heldout_reward_high:.3f})'
+                     .format(**line) for line in (rewards[0], rewards[-1]))
+      print(f'  {name}: held-out reward {first} -> {last}, {seconds:.0f} s')
     show(workdir / name)
   for sample in json.loads((workdir / plan[-1][0] / 'samples.json').read_text())[:2]:
     print(f'\n{sample["heading"]}: {sample["prompt"]}\n{sample["completion"][:400]}')

@@ -126,6 +126,10 @@ def reinforcement(stage, arg, **own):
   config.rollout = dict(prompts=512, samples=16, updates=4, rounds=3, temperature=1.0,
                         max_tokens=30_000, thinking_budget=None, overlong='mask', old='trainer',
                         replay='engine' if sparse else None)
+  # Which chips train and which draw (`stages.placement`); ahead: draw while training, one rollout
+  # behind.
+  config.placement = dict(kind='colocated', fraction=None, slices=None, rollout_mesh=None,
+                          ahead=False)
   config.engine = dict(rows=256, pages=None, page=None, chunk=None)
   # Steady or rising (report, section 4.2); the first entropy measured is the target.
   config.entropy = dict(target=None, width=0.25, delta=0.001, start=0.0, least=0.0, most=0.01,

@@ -10,7 +10,7 @@ from qwen3_jax import mesh as alphabet
 from qwen3_jax.data import queries
 from qwen3_jax.environments import records as episodes
 from qwen3_jax.model import transformer
-from qwen3_jax.stages import load, pretrain, scorers
+from qwen3_jax.stages import load, placement, pretrain, scorers
 from qwen3_jax.stages import run as stage
 from qwen3_jax.stages.curriculum import Curriculum, key
 from qwen3_jax.stages.experience import Experience
@@ -36,9 +36,12 @@ def run(config, workdir, tokenizer):
     return policy.loss(cast(params), batch, settings, remat=config.remat, dtype=dtype,
                        balance=config.balance or 0.0, router_z=config.router_z or 0.0)
 
+  p, shape = config.placement, {axis: size for axis, size in config.mesh.items() if size}
+  train_mesh, rollout_mesh = placement.place(p.kind, p.fraction, p.slices, shape, p.rollout_mesh)
+
   def open_experience(mesh):
     return Experience(
-      config, workdir, tokenizer, mesh, settings=settings, cast=jax.jit(cast),
+      config, workdir, tokenizer, mesh, rollout_mesh, settings=settings, cast=jax.jit(cast),
       curriculum=Curriculum(
         [(open_prompts(name, 'train'), share) for name, share in pretrain.source_shares(config)],
         config.seed, config.curriculum.high, used_questions(config.data.used)),
@@ -47,7 +50,7 @@ def run(config, workdir, tokenizer):
       values=trainer_values(config, settings, dtype),
       reference=reference_values(config, spec, settings, dtype, mesh))
   return stage.train(config, workdir, spec=spec, loss=loss, open_loader=open_experience,
-                     report=policy.report, micro_rows=config.data.batch)
+                     report=policy.report, micro_rows=config.data.batch, mesh=train_mesh)
 
 
 def check(config, spec, settings):
@@ -64,6 +67,9 @@ def check(config, spec, settings):
              f'samples, {r.rounds} rounds: all must be at least 1, and every update needs a prompt')
   elif r.samples < 2:
     wrong = 'config.rollout.samples is 1: an advantage compares the samples of a prompt; want 2'
+  elif config.placement.ahead and config.placement.kind == 'colocated':
+    wrong = ('config.placement.ahead draws the next rollout beside the training: it needs chips of '
+             "its own, config.placement.kind 'split' or 'by_slice'")
   elif settings.temperature != r.temperature:
     wrong = (f'config.policy.temperature is {settings.temperature}, config.rollout.temperature '
              f'{r.temperature}: the loss must see the distribution that was drawn from')

@@ -19,7 +19,8 @@ from qwen3_jax.training.metrics import Metrics
 
 
 def train(config, workdir, *, spec, loss, open_loader, heldout=None, make=transformer.make,
-          restore=load.load_params, report=losses.report, micro_rows=None):
+          restore=load.load_params, report=losses.report, micro_rows=None,
+          mesh=None):
   """Trains one stage in `workdir` up to `config.steps`, from its last checkpoint if it has one.
 
   `loss(params, batch)` and `report(sums)` are the stage's (see `training.step.make_step`, also for
@@ -28,8 +29,9 @@ def train(config, workdir, *, spec, loss, open_loader, heldout=None, make=transf
   (`experience.Experience`), which measures by itself.
   `make(spec, seed)` builds random weights, `restore(folder, spec, mesh, dtype)` those of
   `config.init` (float32 without `dtype`). With `config.lora.rank` adapters alone are trained.
+  `mesh`: instead of one over all devices.
   """
-  mesh = alphabet.make_mesh({axis: size for axis, size in config.mesh.items() if size})
+  mesh = mesh or alphabet.make_mesh({axis: size for axis, size in config.mesh.items() if size})
   o = config.optim
   optimizer = optim.adamw(o.b1, o.b2, o.eps, o.weight_decay, o.clip)
   rate = optim.schedule(o.schedule, o.peak_lr, config.steps, o.warmup, o.final, o.decay)

@@ -1,10 +1,12 @@
 """Samples of a rollout as training batches: packed into rows, one segment a sample."""
+import collections
 import dataclasses
 
 import numpy as np
 
 FLOATS = ('weight_BT', 'scale_BT', 'advantage_BT', 'rollout_logp_BT', 'old_logp_BT',
           'reference_logp_BT')
+ALWAYS = FLOATS[:4]  # also where there is no sample
 INTS = ('tokens_BT', 'segment_BT', 'position_BT')
 
 
@@ -57,8 +59,8 @@ def make_batch(rows, count, length):
   """Arrays (count, length) of `rows`, lists of samples; what no sample has is left out."""
   samples = [sample for row in rows for sample in row]
   batch = {name: np.zeros((count, length), np.int32) for name in INTS}
-  names = [name for name in FLOATS
-           if samples and getattr(samples[0], name.removesuffix('_BT')) is not None]
+  names = [name for name in FLOATS if name in ALWAYS or
+           samples and getattr(samples[0], name.removesuffix('_BT')) is not None]
   batch |= {name: np.zeros((count, length), np.float32) for name in names}
   if samples and samples[0].routes is not None:
     routes = samples[0].routes
@@ -85,3 +87,36 @@ def take_back(rows, values_BT, name):
     for sample in row:
       setattr(sample, name, np.array(values_BT[b, start:start + len(sample)]))
       start += len(sample)
+
+
+def to_arrays(samples):
+  """A dict of arrays for each sample, for `save`."""
+  return [{name: np.asarray(value) for name, value in vars(sample).items() if value is not None}
+          for sample in samples]
+
+
+def from_arrays(dicts):
+  """The samples that `to_arrays` took apart."""
+  return [Sample(**{name: value if value.ndim else value.item() for name, value in each.items()})
+          for each in dicts]
+
+
+def save(path, dicts):
+  """Writes a list of dicts of arrays, whole or not at all; returns the file's name."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  new = path.parent / f'{path.name}.new'
+  with new.open('wb') as file:
+    np.savez(file, **{f'{n}/{name}': value for n, each in enumerate(dicts)
+                      for name, value in each.items()})
+  new.replace(path)
+  return path.name
+
+
+def load(path):
+  """What `save` wrote."""
+  found = collections.defaultdict(dict)
+  with path.open('rb') as file, np.load(file) as arrays:
+    for key in arrays:
+      number, _, name = key.partition('/')
+      found[int(number)][name] = arrays[key]
+  return [found[number] for number in sorted(found)]
