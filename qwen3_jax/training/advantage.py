@@ -15,9 +15,9 @@ def advantages(groups, kind='group', eps=1e-4, weights=None):
   'group' (R - mean) / (std + eps) in the group (GRPO, 2402.03300); 'dr' R - mean (Dr. GRPO,
   2503.20783); 'batch' (R - mean) / (std + eps) over all samples; 'group_mean_batch_std' the group's
   mean and the deviation of all samples (2508.08221); 'rloo' R less the mean of the others (RLOO,
-  2402.14740); 'decoupled' with rewards (samples, components): each component as 'group', summed
-  by `weights` (component -> number, or all 1), then as 'batch' without its mean taken of others'
-  groups (GDPO, 2601.05242). Deviations are sample deviations (n - 1).
+  2402.14740); 'decoupled' with rewards (samples, components): each component as 'group', their sum
+  by `weights` (of each component; all 1), that as 'group_mean_batch_std' (GDPO, 2601.05242).
+  Deviations are sample deviations (n - 1).
   A group of equal rewards, or of one, has advantage 0; so has a missing reward, and `valid` False.
   Raises ValueError for a kind that does not exist, or rewards of another shape.
   """

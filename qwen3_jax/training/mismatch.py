@@ -61,13 +61,15 @@ def _exp(x):
 def report(sums, tokens):
   """Values of a step: how far engine and trainer are apart on the trained tokens.
 
-  `mismatch` and `mismatch_max` of |log rho|; `mismatch_k3`, the estimate of KL(mu || pi_old) that
-  is never negative; `effective_sample`, (sum rho)^2 / (n sum rho^2), 1 if they agree; `corrected`,
-  the share of tokens whose weight was truncated or masked.
+  `mismatch` and `mismatch_max` of |log rho|; `mismatch_ratio`, the mean of rho, below 1 where the
+  engine's log-probabilities are of a truncated distribution (top-p); `mismatch_k3`, the estimate of
+  KL(mu || pi_old) that is never negative; `effective_sample`, (sum rho)^2 / (n sum rho^2), 1 if
+  they agree; `corrected`, the share of tokens whose weight was truncated or masked.
   """
   if 'rollout_gap' not in sums:
     return {}
   values = dict(mismatch=sums['rollout_gap'] / tokens, mismatch_max=sums['max_rollout_gap'],
+                mismatch_ratio=sums['rho'] / tokens,
                 mismatch_k3=sums['rollout_k3'] / tokens,
                 effective_sample=sums['rho'] ** 2 / (tokens * jnp.maximum(sums['rho_rho'], 1e-9)))
   return values | ({'corrected': sums['corrected'] / tokens} if 'corrected' in sums else {})

@@ -140,6 +140,23 @@ def token_values(params, batch, *, temperature=1.0, remat='none', dtype=None):
   return tuple(jnp.where(trained_BT, x, 0) for x in _values(params, out, batch, temperature))
 
 
+def route_agreement(params, batch, *, dtype=None):
+  """How far the router's own choices now are those of routes_BTLX: {'equal_L', 'overlap_L'}.
+
+  Of each MoE layer the share of tokens with the same set of experts, and the mean share of the set
+  that is the same, over the tokens that predict another. Nothing is replayed here.
+  """
+  own = forward(params, {key: x for key, x in batch.items() if key != 'routes_BTLX'}, dtype=dtype)
+  given = batch['routes_BTLX'].transpose(2, 0, 1, 3)
+  segment_BT = batch['segment_BT']
+  counted_BT = (segment_BT > 0) & (segment_BT == jnp.pad(segment_BT[:, 1:], ((0, 0), (0, 1))))
+  common = (own.routes[..., :, None] == given[..., None, :]).any(-1).mean(-1)  # (layers, B, T)
+
+  def mean(x):
+    return jnp.sum(jnp.where(counted_BT, x, 0), axis=(1, 2)) / jnp.maximum(counted_BT.sum(), 1)
+  return dict(equal_L=mean(common == 1), overlap_L=mean(common))
+
+
 def _values(params, out, batch, temperature):
   target_BT = jnp.roll(batch['tokens_BT'], -1, axis=1)
   values = head.token_entropy(out.hidden_BTD, params.head(), target_BT, temperature)
