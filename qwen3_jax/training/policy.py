@@ -131,13 +131,15 @@ def forward(params, batch, remat='none', dtype=None):
 
 
 def token_values(params, batch, *, temperature=1.0, remat='none', dtype=None):
-  """(log-probability, entropy in nats) of each token at its own place, as `loss` has them (B, T).
+  """(log-probability, entropy in nats) of each token at its own place (B, T), and the routes.
 
-  For old and reference log-probabilities; 0 where weight_BT is 0.
+  For old and reference log-probabilities, as `loss` has them: 0 where weight_BT is 0. The routes
+  (MoE layers, B, T, X), None of a dense model, are those of this forward.
   """
   out = forward(params, batch, remat, dtype)
-  trained_BT = batch['weight_BT'] > 0
-  return tuple(jnp.where(trained_BT, x, 0) for x in _values(params, out, batch, temperature))
+  logp_BT, entropy_BT = (jnp.where(batch['weight_BT'] > 0, x, 0)
+                         for x in _values(params, out, batch, temperature))
+  return logp_BT, entropy_BT, out.routes
 
 
 def route_agreement(params, batch, *, dtype=None):

@@ -39,8 +39,8 @@ def batch():
 @pytest.fixture(scope='module')
 def own(model, batch):
   """The model's own choices as a batch has them (B, T, MoE layers, X)."""
-  return np.asarray(jax.jit(policy.forward)(model, batch).routes).transpose(1, 2, 0, 3).astype(
-    np.uint8)
+  _, _, routes = jax.jit(policy.token_values)(model, batch)
+  return np.asarray(routes).transpose(1, 2, 0, 3).astype(np.uint8)
 
 
 @pytest.fixture(scope='module')

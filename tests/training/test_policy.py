@@ -218,7 +218,7 @@ def test_no_logits_of_all_tokens(models, monkeypatch):
 def test_in_fresh_rows_the_ratio_is_exactly_one(models):
   """Whatever old log-probabilities say; the other rows use them. Without any, all are fresh."""
   batch = pack([[s] for s in draw_samples(4)])
-  logp, _ = jax.jit(policy.token_values)(models['dense'], batch)
+  logp, *_ = jax.jit(policy.token_values)(models['dense'], batch)
   run = jax.jit(functools.partial(policy.loss, settings=policy.Policy()))
   fresh = policy.report(run(models['dense'], batch | dict(fresh_B=np.ones(4, np.float32)))[1])
   without = {key: x for key, x in batch.items() if key != 'old_logp_BT'}
@@ -235,8 +235,9 @@ def test_in_fresh_rows_the_ratio_is_exactly_one(models):
 
 def test_token_values_are_those_of_the_loss_and_of_the_plain_softmax(models):
   batch = pack([[s] for s in draw_samples(3)])
-  logp, entropy = jax.jit(functools.partial(policy.token_values, temperature=0.5))(
+  logp, entropy, routes = jax.jit(functools.partial(policy.token_values, temperature=0.5))(
     models['dense'], batch)
+  assert routes is None
   hidden = models['dense'](batch['tokens_BT'], batch['segment_BT'], batch['position_BT'])
   p = jax.nn.log_softmax(models['dense'].logits(hidden.hidden_BTD) / 0.5)[:, :-1]
   at = jnp.take_along_axis(p, batch['tokens_BT'][:, 1:, None], -1)[..., 0]
