@@ -17,7 +17,7 @@ import referencing
 from qwen3_jax.rewards.prose import find_words, split_sentences
 from qwen3_jax.text.template import last_flag
 
-SIZE, STEPS = 100_000, 200_000  # characters of an answer, keywords that are tried on it
+SIZE, STEPS = 100_000, 50_000  # characters of an answer, keywords that are tried on it
 EMPTY = '<think>\n\n</think>\n\n'
 UNITS = ('words', 'sentences', 'characters', 'tokens')
 
@@ -72,7 +72,7 @@ def length(record, response):
 def schema(record, response):
   """1 where the answer is one JSON value, or has it in its only code fence, and it validates.
 
-  0 also for an answer of more than 100,000 characters or 200,000 steps of validation. Raises
+  0 also for an answer of more than 100,000 characters or 50,000 steps of validation. Raises
   ValueError where record['schema'] is no JSON Schema (draft 2020-12, patterns in RE2's syntax).
   """
   validator = _open_schema(json.dumps(record['schema'], sort_keys=True))

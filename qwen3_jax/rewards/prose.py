@@ -45,9 +45,12 @@ def _goes_on(text, start, stop):
     return False
   before = text[max(start, stop.start() - 20):stop.start()]
   line = before.rpartition('\n')[2]
-  word = (line.split() or [''])[-1].lstrip('("\'“‘*_[').lower()
+  given = (line.split() or [''])[-1].lstrip('("\'“‘*_[')
+  word = given.lower()
   if word.isdigit():
     return line.strip(' \t*#') == word and len(line) < 20
   if word in _SHORT:
     return word not in ('etc', 'a.m', 'p.m', 'no', 'co', 'al') or not after.isupper()
-  return bool(_LETTERS.fullmatch(word)) and word != 'i' and (len(word) == 1 or after.islower())
+  if not _LETTERS.fullmatch(word) or word == 'i':
+    return False
+  return after.islower() if len(word) > 1 else given.isupper()

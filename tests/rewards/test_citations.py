@@ -6,8 +6,8 @@ from qwen3_jax.rewards import citations
 from qwen3_jax.rewards.response import Response
 
 DOCUMENTS = [
-  {'id': '1', 'text': 'The Ada bridge was opened in 1932. It is 1,149 metres long and made of steel.'},
-  {'id': 'tides', 'text': 'Tides follow the Moon. The range in the bay is twelve metres in spring.'}]
+  {'id': '1', 'text': 'The Ada bridge was opened in 1932. It is 1,149 metres long, made of steel.'},
+  {'id': 'tides', 'text': 'Tides follow the Moon. The range in the bay is twelve metres in May.'}]
 RECORD = {'documents': DOCUMENTS, 'answer': ['1932']}
 
 

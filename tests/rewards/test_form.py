@@ -45,7 +45,8 @@ def test_plain_mode_wants_no_reasoning(asked):
 PERSON = {
   'type': 'object', 'required': ['name', 'age'], 'additionalProperties': False,
   'properties': {
-    'name': {'type': 'string', 'pattern': '^[A-Z][a-z]+$'}, 'age': {'type': 'integer', 'minimum': 0},
+    'name': {'type': 'string', 'pattern': '^[A-Z][a-z]+$'},
+    'age': {'type': 'integer', 'minimum': 0},
     'tags': {'type': 'array', 'uniqueItems': True, 'items': {'$ref': '#/$defs/tag'}}},
   'patternProperties': {'^x-': {'type': 'number'}}, '$defs': {'tag': {'enum': ['a', 'b', 1]}}}
 
@@ -80,7 +81,7 @@ def test_schema_work_is_bounded_on_hostile_answers():
   assert schema('"' + 'a' * 100_000 + '"', {}) == 0
   tree = {'type': 'array', 'anyOf': [{'items': {'$ref': '#'}}, {'items': {'$ref': '#'}, 'not': {}}]}
   assert schema('[' * 40 + '1' + ']' * 40, tree) == 0
-  assert schema('[' * 400 + ']' * 400, {'items': {'$ref': '#'}}) in (0, 1)
+  assert schema('[' * 900 + ']' * 900, {'items': {'$ref': '#'}}) == 0
   assert schema('1e400', {'multipleOf': 0.01}) == 0
   assert schema('"\\ud800"', {'pattern': 'a'}) == 0
 
