@@ -13,7 +13,7 @@ from qwen3_jax.rewards import cgroup
 from qwen3_jax.rewards.response import Unscored
 
 FRAME = 4 * 2 ** 20  # bytes of one message on the channel
-PATIENCE = 4.0  # a starved program's clock may run this many times its seconds
+PATIENCE = 10.0  # a starved program's clock may run this many times its seconds
 _START = 30.0  # seconds until bubblewrap must have begun
 
 
@@ -181,12 +181,7 @@ class Child:
     start, limit = time.monotonic(), seconds
     while not done():
       left = start + limit - time.monotonic()
-      if left <= 0:
-        limit += self._extend(time.monotonic() - start, seconds)
-        if start + limit <= time.monotonic():
-          return 'time'
-        continue
-      for key, _ in self.selector.select(left):
+      for key, _ in self.selector.select(max(0.0, left)):  # what came in time though we are late
         if key.data == 'ended':
           self._drain()
           return None
@@ -199,6 +194,11 @@ class Child:
             self.selector.unregister(key.fd)
         elif not self._read(key):
           return 'output'
+      if left <= 0 and not done():
+        more = self._extend(time.monotonic() - start, seconds)
+        if not more:
+          return 'time'
+        limit = time.monotonic() - start + more
     return None
 
   def _read(self, key):
@@ -224,12 +224,13 @@ class Child:
 
     One with more tasks than expected may have starved itself, and gets nothing.
     """
-    ran, waited, tasks = measure_tree(self.process.pid)
-    if elapsed - waited >= 0.9 * seconds or ran >= 0.9 * seconds or tasks > self.allowed.tasks:
+    ran, waited, tasks, wanting = measure_tree(self.process.pid)
+    used = elapsed - waited
+    if ran >= 0.9 * seconds or tasks > self.allowed.tasks or used >= 0.9 * seconds and not wanting:
       return 0.0
     if elapsed >= PATIENCE * seconds:
       raise Unscored(f'a program of {seconds:g} s got {ran:.1f} s of processor in {elapsed:.0f} s')
-    return max(0.1 * seconds, seconds - (elapsed - waited))
+    return max(0.1 * seconds, seconds - used)
 
   def _find_inside(self):
     """Opens the sandbox's first process as soon as bubblewrap names it."""
@@ -300,21 +301,28 @@ class Child:
 
 
 def measure_tree(pid):
-  """(processor seconds, seconds waiting for a processor, tasks) of a process and its descendants.
+  """What a process and its descendants did: (seconds run, seconds waited, tasks, tasks that wait).
 
-  The second is of the task that waited longest in each generation, all generations together. From
-  /proc/PID/task/TID/schedstat and children; what the kernel does not tell counts as 0.
+  Waited for a processor: of the task that waited longest in each generation, all generations
+  together. Of those that wait now, or for the disk, the kernel has not yet counted the time. From
+  /proc/PID/task/TID/schedstat, stat and children; what the kernel does not tell counts as 0.
   """
-  ran, waited, tasks, generation = 0, 0, 0, [pid]
+  ran, waited, tasks, wanting, generation = 0, 0, 0, 0, [pid]
   while generation:
     longest, following = 0, []
     for parent in generation:
       with contextlib.suppress(OSError, ValueError):
         for task in os.listdir(f'/proc/{parent}/task'):
-          with open(f'/proc/{parent}/task/{task}/schedstat') as file:
-            run, wait = map(int, file.read().split()[:2])
+          folder = f'/proc/{parent}/task/{task}'
+          run, wait = map(int, _read_text(f'{folder}/schedstat').split()[:2])
+          state = _read_text(f'{folder}/stat').rpartition(')')[2].split()[0]
           ran, longest, tasks = ran + run, max(longest, wait), tasks + 1
-          with open(f'/proc/{parent}/task/{task}/children') as file:
-            following += map(int, file.read().split())
+          wanting += state in 'RD'
+          following += map(int, _read_text(f'{folder}/children').split())
     waited, generation = waited + longest, following
-  return ran / 1e9, waited / 1e9, tasks
+  return ran / 1e9, waited / 1e9, tasks, wanting
+
+
+def _read_text(path):
+  with open(path) as file:
+    return file.read()

@@ -30,6 +30,9 @@ _FILES = 64  # open at once, of a process
 _SYSTEM = ('/usr/lib', '/usr/lib64', '/usr/lib32', '/usr/libx32', '/usr/bin')
 _ENVIRONMENT = {'PATH': '/usr/bin', 'HOME': '/tmp', 'LANG': 'C.UTF-8', 'PYTHONHASHSEED': '0',
                 'PYTHONDONTWRITEBYTECODE': '1'}
+_HINT = ('user namespaces must be allowed (Ubuntu 24.04: sysctl -w '
+         'kernel.apparmor_restrict_unprivileged_userns=0; Docker: --security-opt '
+         'seccomp=unconfined --security-opt apparmor=unconfined)')
 counts = dict.fromkeys(('runs', 'retried', 'unscored'), 0)  # of this process
 _lock = threading.Lock()
 _checked = {}  # (Sandbox, pid) -> None or why it does not hold
@@ -129,7 +132,9 @@ class Sandbox:
       if result.status != 'ok':
         return f'the self-test ended with {result.status}: {result.stderr.strip()[-300:]}'
       found = json.loads(result.stdout)
-    except (Unscored, RuntimeError, ValueError, OSError) as error:
+    except Unscored as error:
+      return f'{error}; {_HINT}'
+    except (RuntimeError, ValueError, OSError) as error:
       return str(error)
     wrong = [name for name, held in found['held'].items() if not held]
     if found['uid'] == 0:
@@ -156,7 +161,7 @@ class Sandbox:
               f'--nofile={_FILES}', f'--fsize={DISK}', '--']
     return Child([*drop_root(), *_bubblewrap(), *binds], [*limits, *program], stdin, files, channel,
                  Limits(self.output_bytes, processor, self.memory_mb * 2 ** 20,
-                        tasks=3 + ('programs' in program)))
+                        tasks=4 + ('programs' in program)))
 
 
 class Session:
