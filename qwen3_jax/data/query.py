@@ -1,7 +1,10 @@
 """A question that can be scored: what is asked, by which verifiers, and answers of known worth."""
 import dataclasses
 
-MODE = 0.1  # the share of the reward that the right mode of thinking earns
+
+def by(name, **others):
+  """The `verifiers` of a query: `name`, and the mode of thinking as a gate that earns nothing."""
+  return {name: 1.0, **others, 'mode': 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +26,15 @@ class Query:
   calls: tuple[dict, ...] = ()
   wrong_calls: tuple[dict, ...] = ()
   enable_thinking: bool | None = None  # None: as the source's option says
-  thinks: bool | None = None  # whether the answers think; None: as above
+  thinks: bool | None = None  # whether the right answer thinks; None: as above
+  wrong_thinks: bool | None = None  # whether the wrong one does; None: as the right one
 
 
 def exact(question, answer, steps=(), wrong=None, said='The answer is {}.', **fields):
   """A Query whose final answer is compared exactly; `wrong` is another answer."""
   answer = str(answer)
   wrong = f'{answer}1' if wrong is None else str(wrong)
-  return Query(question, {'math': 1 - MODE, 'mode': MODE}, {'answer': answer, 'kind': 'exact'}
+  return Query(question, by('math'), {'answer': answer, 'kind': 'exact'}
                | fields, said.format(answer), said.format(wrong), tuple(steps))
 
 
@@ -47,7 +51,9 @@ def as_record(query, name, number, thinking=True):
 
 def answers(query, thinking=True):
   """The right and the wrong answer as assistant messages, in the mode that is asked for."""
+  thinks = thinking if query.thinks is None else query.thinks
+  modes = thinks, thinks if query.wrong_thinks is None else query.wrong_thinks
   steps = '\n'.join(query.steps) or 'I know what to say.'
-  return tuple({'role': 'assistant', 'reasoning_content': steps if thinking else '',
-                'content': content, 'tool_calls': list(calls)}
-               for content, calls in ((query.right, query.calls), (query.wrong, query.wrong_calls)))
+  return tuple({'role': 'assistant', 'reasoning_content': steps if mode else '',
+                'content': content, 'tool_calls': list(calls)} for mode, content, calls in zip(
+                  modes, (query.right, query.wrong), (query.calls, query.wrong_calls)))

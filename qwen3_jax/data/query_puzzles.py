@@ -4,7 +4,7 @@ import string
 
 from qwen3_jax.data import tasks
 from qwen3_jax.data.problems import NAMES, THINGS, WORDS
-from qwen3_jax.data.query import MODE, Query, exact
+from qwen3_jax.data.query import Query, by, exact
 
 
 def make_countdown(rng, d):
@@ -29,7 +29,7 @@ def make_countdown(rng, d):
     'Make {} from {}, each used once, with + - * /.', 'Use {1} once each and + - * / to get {0}.',
     'Write {} with the numbers {}, each once, and + - * /.')).format(
       target, ', '.join(map(str, rng.sample(numbers, count))))
-  return Query(question, {'math': 1 - MODE, 'mode': MODE}, {
+  return Query(question, by('math'), {
     'answer': str(target), 'kind': 'countdown', 'numbers': numbers},
     f'Answer: {expression[1:-1]}', f'Answer: {target}', tuple(steps))
 

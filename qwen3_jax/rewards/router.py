@@ -16,7 +16,7 @@ import weakref
 from qwen3_jax.rewards.pool import Missing, Pool
 from qwen3_jax.rewards.verifiers import NEEDS, RULES
 
-SECONDS = 10.0  # for a rule and one answer; its inner limits (math-verify's 1 s) come first
+SECONDS = 30.0  # for a rule and one answer; its inner limits (math-verify's 1 s) come first
 SCORER_SECONDS = 600.0  # for a scorer and one batch
 MEMORY = 10_000  # answers that a running mean goes back
 
@@ -52,9 +52,10 @@ class Router:
   def score(self, records, responses):
     """A Scored for each response, in order.
 
-    The reward is the sum of weight times component; a penalty has a negative weight. It is None
-    where a component of positive weight is missing: answers judged by fewer rules than others to
-    the same question cannot be compared with them. A missing penalty takes nothing off. Raises
+    A component of 1 is good, whatever it measures. A positive weight earns weight x component, a
+    negative one is a penalty and costs weight x (1 - component); the reward is their sum. It is
+    None where a component of positive weight is missing: answers judged by fewer rules than others
+    to the same question cannot be compared with them. A missing penalty takes nothing off. Raises
     ValueError for a verifier that is not known or whose field the record lacks.
     """
     wanted = [self.weigh(record) for record in records]
@@ -111,7 +112,7 @@ class Router:
     for name, weight in weights.items():
       counts = name in self.gates or not shut or weight < 0
       if components[name] is not None:
-        total += weight * components[name] * counts
+        total += counts * weight * (components[name] if weight > 0 else 1 - components[name])
       elif counts and (weight > 0 or name in self.gates):
         total = math.nan
     return Scored(None if math.isnan(total) else total, components, missing, raw)

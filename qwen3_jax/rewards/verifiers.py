@@ -1,22 +1,22 @@
 """The rules that give an answer its components, by the names that records use.
 
-| name | reads of the record | 1 (or, of a penalty, 1 is worst) |
+| name | reads of the record | 1 says |
 |---|---|---|
 | math | answer, kind, numbers | the final answer is right |
-| instructions | instructions | all instructions are followed (strict) |
+| instructions | instructions | all instructions are followed; less: this share |
 | schema | schema | the answer is JSON of that schema |
 | tools | expected_calls, tools | the calls are those wanted |
-| citations | documents, answer | the claims are in the cited spans |
+| citations | documents, answer, answerable | claims are in the cited spans |
 | mode | messages, enable_thinking | think tags as flags and template ask for |
 | length | limit | the answer's length is within the limit |
-| language | language | the answer is in the wanted language |
-| repetition, overlong | limit | penalties |
+| language | language | answer and reasoning keep to their language |
+| repetition | | nothing is repeated |
+| overlong | overlong | the answer ends well before the limit |
 | environment | environment | the reward of an episode's end |
 | environment.X | environment | component X of its outcome, such as goal or valid |
 | gym | gym | reasoning-gym's own verdict |
 """
 import importlib
-import importlib.util
 
 from qwen3_jax.rewards import final
 from qwen3_jax.rewards import math as mathematics
@@ -24,14 +24,13 @@ from qwen3_jax.rewards.response import Unscored
 
 RULES = {
   'math': 'verifiers.judge_math', 'environment': 'verifiers.read_outcome',
-  'gym': 'verifiers.judge_gym', 'instructions': 'instructions.verify', 'schema': 'form.schema',
+  'gym': 'gym.verify', 'instructions': 'instructions.verify', 'schema': 'form.schema',
   'mode': 'form.mode', 'length': 'form.length', 'tools': 'tools.verify',
   'citations': 'citations.verify', 'language': 'penalties.language',
   'repetition': 'penalties.repetition', 'overlong': 'penalties.overlong'}
 NEEDS = {'math': 'answer', 'instructions': 'instructions', 'schema': 'schema',
          'tools': 'expected_calls', 'citations': 'documents', 'length': 'limit', 'code': 'tests',
          'environment': 'environment', 'judge': 'reference', 'gym': 'gym', 'mode': 'messages'}
-GYM_RIGHT = 0.99  # reasoning-gym gives some wrong answers a little
 
 
 def verify(name, record, response):
@@ -62,15 +61,3 @@ def read_outcome(record, response, component='reward'):
   if not response.outcome or response.outcome.get(component) is None:
     raise Unscored(f'no {component} in the outcome of the environment: {response.outcome!r:.200}')
   return float(response.outcome[component])
-
-
-def judge_gym(record, response):
-  """Whether reasoning-gym calls the answer right; its small consolations do not count."""
-  if importlib.util.find_spec('reasoning_gym') is None:
-    raise Unscored('reasoning-gym is not installed: pip install reasoning-gym')
-  import reasoning_gym
-  entry = record['gym']
-  score = reasoning_gym.get_score_answer_fn(entry['metadata']['source_dataset'])
-  given = mathematics.extract(response.content) or ''
-  return float(max(score(answer, entry) for answer in (given, response.content.strip()))
-               >= GYM_RIGHT)

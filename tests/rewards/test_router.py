@@ -34,9 +34,9 @@ def fixed(*values):
 
 
 def test_weights_are_those_of_the_record_or_of_its_source(route):
-  router = route(scorers={'a': fixed(0.5), 'b': fixed(0.25)}, defaults={'sums': {'math': 3.0}})
+  router = route(scorers={'a': fixed(0.5), 'b': fixed(0.75)}, defaults={'sums': {'math': 3.0}})
   scored, = router.score([ask(math=2.0, a=1.0, b=-1.0)], [say('The answer is 7.')])
-  assert scored.components == {'math': 1.0, 'a': 0.5, 'b': 0.25} and scored.reward == 2.25
+  assert scored.components == {'math': 1.0, 'a': 0.5, 'b': 0.75} and scored.reward == 2.25
   plain = ask()
   del plain['verifiers']
   assert [s.reward for s in router.score([plain] * 2, [say('7'), say('8')])] == [3.0, 0.0]
