@@ -94,7 +94,8 @@ class Experience:
     notes |= dict(skipped_prompts=self.curriculum.skipped, weights_version=step)
     tally.write(self.folder / f'{step:08d}.jsonl', groups or tried, step)
     self.rollouts += 1
-    return [sample for group in groups for sample in group['samples']], notes
+    drawn = [sample for group in groups for sample in group['samples']]
+    return [sample for sample in drawn if sample.weight.any()], notes
 
   def gather(self):
     """Groups whose samples differ in reward, refilled up to `rollout.rounds` times; all tried.
@@ -164,7 +165,8 @@ class Experience:
     weight, logp = np.zeros(len(tokens), np.float32), np.zeros(len(tokens), np.float32)
     weight[P:], logp[P:] = episode.drawn, np.where(episode.drawn, episode.logp, 0)
     cut = episode.response is None or episode.response.finish_reason == 'length'
-    if episode.response is None or cut and self.config.rollout.overlong == 'mask':
+    if (episode.response is None or cut and self.config.rollout.overlong == 'mask'
+        or len(tokens) > self.config.data.length):  # what tools say may overflow a row
       weight[:] = 0
     routes = episode.routes if self.config.rollout.replay == 'engine' else None
     return samples.Sample(tokens, weight, logp, routes, group)
@@ -239,7 +241,7 @@ class Experience:
     order = np.random.default_rng([self.config.seed, self.settled]).permutation(numbers)
     out = []
     for number, part in enumerate(np.array_split(order, r.updates)):
-      chosen = [sample for sample in drawn if sample.group in part and sample.weight.any()]
+      chosen = [sample for sample in drawn if sample.group in part]
       scale = advantage.aggregate([sample.weight.sum() for sample in chosen],
                                   self.settings.aggregation, [s.group for s in chosen],
                                   r.max_tokens)
