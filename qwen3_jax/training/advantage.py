@@ -16,7 +16,7 @@ def advantages(groups, kind='group', eps=1e-4, weights=None):
   2503.20783); 'batch' (R - mean) / (std + eps) over all samples; 'group_mean_batch_std' the group's
   mean and the deviation of all samples (2508.08221); 'rloo' R less the mean of the others (RLOO,
   2402.14740); 'decoupled' with rewards (samples, components): each component as 'group', their sum
-  by `weights` (of each component; all 1), that as 'group_mean_batch_std' (GDPO, 2601.05242).
+  by the group's `weights` (all 1), that as 'group_mean_batch_std' (GDPO, 2601.05242).
   Deviations are sample deviations (n - 1).
   A group of equal rewards, or of one, has advantage 0; so has a missing reward, and `valid` False.
   Raises ValueError for a kind that does not exist, or rewards of another shape.
@@ -30,7 +30,8 @@ def advantages(groups, kind='group', eps=1e-4, weights=None):
       raise ValueError(f'rewards of a group have shape {group.shape}; {kind!r} wants '
                        f'{"(samples, components)" if wanted == 2 else "(samples,)"}')
   if kind == 'decoupled':
-    groups = [_decoupled(group, weights, eps) for group in groups]
+    groups = [_decoupled(group, each, eps) for group, each in zip(
+      groups, weights or [np.ones(group.shape[1]) for group in groups], strict=True)]
   valid = [np.isfinite(group) for group in groups]
   every = np.concatenate([group[good] for group, good in zip(groups, valid)] or [np.zeros(0)])
   spread = _std(every) + eps
@@ -54,7 +55,7 @@ def _decoupled(group, weights, eps):
   A component that is missing for a sample adds 0 to it: its mean.
   """
   columns = [advantages([column], 'group', eps)[0][0] for column in group.T]
-  total = sum(w * x for w, x in zip(np.ones(len(columns)) if weights is None else weights, columns))
+  total = sum(w * x for w, x in zip(weights, columns, strict=True))
   return np.where(np.isfinite(group).any(1), total, np.nan)
 
 

@@ -45,15 +45,17 @@ def test_a_missing_reward_is_as_if_its_sample_were_not_there(kind):
 def test_decoupled_components_keep_what_a_sum_of_rewards_hides():
   """GDPO's example: (1, 0) and (0, 1) have equal sums; (1, 1) beats (1, 0) beats (0, 0)."""
   groups = [np.array([[1, 0], [1, 1], [0, 0], [0, 1]], float), np.array([[1, 1], [1, 0]], float)]
-  (first, second), _ = advantage.advantages(groups, 'decoupled', weights=(1.0, 1.0))
+  (first, second), _ = advantage.advantages(groups, 'decoupled')
   def norm(x):
     return (x - x.mean()) / (x.std(ddof=1) + 1e-4)
   total = [norm(groups[0][:, 0]) + norm(groups[0][:, 1]), norm(groups[1][:, 1])]
   deviation = np.concatenate(total).std(ddof=1) + 1e-4
   np.testing.assert_allclose(first, total[0] / deviation, atol=1e-12)
   np.testing.assert_allclose(second, total[1] / deviation, atol=1e-12)
-  (weighted, _), _ = advantage.advantages(groups, 'decoupled', weights=(1.0, 0.0))
+  weights = [(1.0, 0.0), (0.0, 2.0)]  # each prompt has its own components
+  (weighted, other), _ = advantage.advantages(groups, 'decoupled', weights=weights)
   assert weighted[0] == weighted[1] > 0 > weighted[2] == weighted[3]
+  assert other[0] > 0 > other[1]
 
 
 def test_decoupled_with_a_component_missing_and_with_all_missing():
