@@ -12,8 +12,9 @@ def language(record, response):
   """1 where answer and reasoning keep to their language, 0.5 where the answer alone does, or 0.
 
   The answer's language is record['language'] (ISO 639-1), by default that of the last question
-  where it is plain (30 letters or more, probability 0.9). The reasoning may be in any one language.
-  Languages that occur in the prompt may occur (a text to translate). See `find_mixing`.
+  where it is plain (30 letters or more of one language, probability 0.9). The reasoning may be in
+  any one language. Languages that occur in the prompt may occur (a text to translate). See
+  `find_mixing`.
   """
   asked = [m['content'] for m in record['messages'] if m['role'] in ('system', 'user')]
   allowed = set().union(*(find_languages(text) for text in asked))
@@ -26,7 +27,7 @@ def language(record, response):
 def _find_language(question):
   question = ' '.join(FLAG.sub(' ', question).split())
   dense = 3 if any('\u3040' <= letter <= '\ud7a3' for letter in question[:400]) else 1
-  if dense * sum(map(str.isalpha, question[:400])) < 30:
+  if dense * sum(map(str.isalpha, question[:400])) < 30 or find_mixing(question):
     return None
   found, probability = identify(question)
   return found if probability >= 0.9 and found != 'zxx' else None

@@ -1,6 +1,7 @@
 """The 25 rules on hand-made answers, on IFEval's own rows and on answers built for them."""
 
 import functools
+import gzip
 import json
 import random
 
@@ -214,6 +215,19 @@ def test_answers_built_for_the_rows_follow_them(data_dir):
   assert sum(passed) >= 0.9 * len(rows), missed
   for row in rows:  # the answer to another row follows hardly any
     assert not all(instructions.follow(row, '', loose=True))
+
+
+def test_languages_of_the_declaration_of_human_rights(data_dir):
+  with gzip.open(data_dir / 'lm_text' / 'udhr.train.jsonl.gz', 'rt', encoding='utf-8') as file:
+    texts = {row['lang']: row['text'][500:1300] for row in map(json.loads, file)}
+  languages = ['bn', 'hi', 'te', 'ne', 'th', 'ar', 'ko', 'ru', 'ta', 'pl', 'gu', 'ur', 'fi', 'bg',
+               'it', 'he', 'uk', 'ja']
+  for language, other in zip(languages, languages[1:] + languages[:1]):
+    text = texts[language]
+    accept = lambda text, one: instructions.follow(
+      [{'id': 'language:response_language', 'kwargs': {'language': one}}], text) == [True]
+    assert accept(text, language) and not accept(text, other), language
+    assert not accept(f'{text}\n\n{texts[other]}', language), (language, other)
 
 
 def test_loose_forgives_an_introduction_a_conclusion_and_asterisks():

@@ -32,6 +32,7 @@ def test_overlong_counts_tokens_and_never_characters():
   (CHINESE, ENGLISH, 0), (FRENCH, FRENCH, 1), (FRENCH, ENGLISH, 0), (ENGLISH, '42', 1),
   (ENGLISH, '', 1), ('Hi! /think', FRENCH, 1), ('', FRENCH, 1),
   (f'Translate this into English please: {CHINESE} {ENGLISH}', ENGLISH, 1),
+  (f'头脑风暴3种创意\n\n{ENGLISH}', CHINESE, 1), (f'头脑风暴3种创意\n\n{ENGLISH}', ENGLISH, 1),
   (ENGLISH, f'{ENGLISH} 所以 the answer is 24.', 0),
   (ENGLISH, f'<think>\n{ENGLISH}\n\n{CHINESE}\n\n{ENGLISH}\n</think>\n\n{ENGLISH}', 0.5),
   (ENGLISH, f'<think>\n{CHINESE}\n</think>\n\n{ENGLISH}', 1)])
