@@ -24,6 +24,7 @@ esac
 # shellcheck source=launch/venv.sh
 source "$repo/launch/venv.sh"
 prepare_venv ''
+prepare_sandbox
 echo "== python -m qwen3_jax recipe --config=configs/recipe.py:tiny --workdir=$workdir $*"
 exec "$venv/bin/python" -m qwen3_jax recipe --config="$repo/configs/recipe.py:tiny" \
   --workdir="$workdir" "$@"

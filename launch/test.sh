@@ -18,6 +18,7 @@ esac
 # shellcheck source=launch/venv.sh
 source "$repo/launch/venv.sh"
 prepare_venv dev,tpu
+prepare_sandbox
 cd "$repo"
 status=0
 echo '== ruff check'

@@ -2,6 +2,7 @@
 # Sourced by local.sh and test.sh, which set $repo. prepare_venv EXTRAS makes or reuses the virtual
 # environment $QWEN3_JAX_VENV (default: .venv in the repository) with qwen3_jax and its EXTRAS
 # ('' or 'dev,tpu') installed, and leaves its folder in $venv. $PYTHON chooses the interpreter.
+# prepare_sandbox installs bubblewrap, in which code that a model wrote is run, where it may.
 
 fail() {
   echo "error: $*" >&2
@@ -84,4 +85,20 @@ prepare_venv() {
     "${install[@]}" || fail 'pip could not install the packages; its messages are above'
   fi
   echo "$hash" >"$stamp"
+}
+
+# Never fails: what needs no model-written code works without, and what does says so itself.
+prepare_sandbox() {
+  local install=(apt-get)
+  if command -v bwrap >/dev/null; then
+    return
+  fi
+  if [ "$(id -u)" -ne 0 ]; then
+    install=(sudo -n apt-get)
+  fi
+  echo '== installing bubblewrap, in which code that a model wrote is run'
+  if ! "${install[@]}" -qq install -y --no-install-recommends bubblewrap >/dev/null 2>&1 &&
+    ! { "${install[@]}" -qq update && "${install[@]}" -qq install -y --no-install-recommends bubblewrap; } >/dev/null 2>&1; then
+    echo 'note: bubblewrap could not be installed: rewards of written code will refuse to start, and their tests skip (fail where CI is set); on Debian and Ubuntu: sudo apt-get install bubblewrap'
+  fi
 }

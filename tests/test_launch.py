@@ -145,3 +145,21 @@ def test_environment_is_made_where_there_is_none(house):
   assert 'making a virtual environment' in done.stdout
   assert done.returncode == 1 and 'error: pip could not install' in done.stderr
   assert (house.elsewhere / 'new/.made-by-qwen3_jax').exists()
+
+
+@pytest.mark.parametrize('uid, works', [(0, True), (0, False), (7, True)])
+def test_bubblewrap_is_installed_where_that_is_allowed(tmp_path, uid, works):
+  """With stand-ins for what would change this machine."""
+  stand_ins = {'id': f'echo {uid}', 'sudo': '[ "$1" = -n ] && shift && echo "$@" >>calls',
+               'apt-get': f'echo apt-get "$@" >>calls; {"true" if works else "false"}'}
+  for name, text in stand_ins.items():
+    (tmp_path / name).write_text(f'#!{shutil.which("bash")}\n{text}\n')
+    (tmp_path / name).chmod(0o755)
+  done = subprocess.run(
+    [shutil.which('bash'), '-euc', f'source "{REPO}/launch/venv.sh"; prepare_sandbox; echo done'],
+    env={'PATH': str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True)
+  assert done.returncode == 0 and done.stdout.endswith('done\n'), done.stderr
+  calls = (tmp_path / 'calls').read_text().splitlines()
+  assert calls[0].endswith('install -y --no-install-recommends bubblewrap')
+  assert len(calls) == (1 if works else 2)
+  assert ('note: bubblewrap could not be installed' in done.stdout) is not works
