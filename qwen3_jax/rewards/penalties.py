@@ -37,11 +37,16 @@ def repetition(record, response):
   """1 where nothing is repeated, 0 where `find_repetition` finds the text substantially repetitive.
 
   Between them it falls with the share of words that lie in a run of 12 that was there before: 0.1
-  of the text costs nothing, 0.5 all.
+  of the text costs nothing, 0.5 all. The worse of reasoning and answer counts, each alone: an
+  answer may well repeat what the reasoning found.
   """
-  if find_repetition(response.text):
+  return min(_score_repetition(text) for text in (response.reasoning or '', response.content))
+
+
+def _score_repetition(text):
+  if find_repetition(text):
     return 0.0
-  return min(1.0, max(0.0, 1 - (repeated_share(response.text) - FREE) / (FULL - FREE)))
+  return min(1.0, max(0.0, 1 - (repeated_share(text) - FREE) / (FULL - FREE)))
 
 
 def repeated_share(text, window=WINDOW):

@@ -55,4 +55,7 @@ def test_repetition_falls_with_what_is_said_again():
   assert score(' '.join(words + words[:200])) == pytest.approx(
     1 - (189 / 589 - 0.1) / 0.4)
   assert score('I am stuck here now. ' * 60) == 0
+  once = ' '.join(words[:100])
+  assert score(f'<think>\n{once}\n</think>\n\n{once}') == 1
+  assert score(f'<think>\n{"I am stuck here now. " * 60}\n</think>\n\n{once}') == 0
   assert penalties.repeated_share(' '.join(words + words)) == pytest.approx(389 / 789)
