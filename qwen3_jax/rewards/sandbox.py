@@ -104,7 +104,7 @@ class Sandbox:
 
   def check(self):
     """Tries, once per process, that the sandbox holds. Raises RuntimeError with what does not."""
-    key = (self, os.getpid())
+    key = dataclasses.replace(self, seconds=1.0, output_bytes=1), os.getpid()
     with _lock:
       known = key in _checked
     if not known:
@@ -168,7 +168,8 @@ class Session:
   """Python cells that share a namespace, in one sandbox; a context manager.
 
   A cell past its time, memory or output ends the process: the next starts with nothing defined, and
-  the Result of the former says so in its status. The last expression's value is shown.
+  the Result of the former says so in its status. The last expression's value is shown. The process
+  ends with the thread that ran its first cell.
   """
 
   def __init__(self, sandbox):

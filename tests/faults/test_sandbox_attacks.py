@@ -45,7 +45,7 @@ NUMBERS = DENIED[os.uname().machine]
 CLONE = {'x86_64': 56, 'aarch64': 220}[os.uname().machine]
 
 # name: (program, what its Result must be, seconds). {secret}: a host file that all may read;
-# {folder}: a host folder that all may write; {port}: a server of the host.
+# {folder}: a host folder that all may write; {port}: a server of the host; {home}: ours.
 ATTACKS = {
   'loop': ('while True: pass', lambda r: r['status'] == 'time', 1),
   'sleep': ('import time; time.sleep(600)', lambda r: r['status'] == 'time', 1),
@@ -77,16 +77,16 @@ except OSError:
   pass
 print(total)""", lambda r: 10 ** 6 < int(r['stdout']) <= sandbox.DISK, 20),
   'host writes': (COUNT + """
-for path in ('{folder}/x', '/x', '/etc/x', '/usr/lib/x', '/usr/bin/x', '/root/x', '/home/x',
+for path in ('{folder}/x', '/x', '/etc/x', '/usr/lib/x', '/usr/bin/x', '{home}/x', '/home/x',
              '/var/tmp/x', '/dev/x', '/proc/sys/kernel/core_pattern', '/sys/x', '/run/x'):
   print(tried(lambda path=path: open(path, 'w')))""", lambda r: no_success(r, 12), 5),
   'host reads': (COUNT + """
 import os
 for path in ('{secret}', '{package}/__init__.py', '/etc/passwd', '/etc/shadow', '/etc/hostname',
              '/proc/1/environ', '/proc/self/environ', '/proc/self/mem', '/dev/mem', '/dev/tty',
-             '/proc/1/root/etc/passwd', '/root/.bashrc', '/sys/class/net'):
+             '/proc/1/root/etc/passwd', '{home}/.bashrc', '/sys/class/net'):
   print(tried(lambda: open(path, 'rb').read(99)))
-for path in ('/root/.ssh', '/etc', '/proc', '/sys', '/var', '/run', '{folder}'):
+for path in ('{home}/.ssh', '/etc', '/proc', '/sys', '/var', '/run', '{folder}'):
   print(tried(lambda: os.listdir(path)))""", lambda r: no_success(r, 20), 5),
   'environment': ("""
 import glob, os
@@ -238,7 +238,8 @@ def place():
 def attacked(request, place):
   """What became of every attack, by the user who ran the sandboxes, and the host afterwards."""
   folder, server = place
-  filled = {'{secret}': str(folder / 'secret'), '{folder}': str(folder / 'writable'),
+  filled = {'{secret}': str(folder / 'secret'), '{home}': str(Path.home()),
+            '{folder}': str(folder / 'writable'),
             '{package}': str(folder / 'qwen3_jax'), '{port}': str(server.getsockname()[1])}
   fill = lambda text: re.sub('|'.join(map(re.escape, filled)), lambda m: filled[m[0]], text)
   jobs = [(name, fill(program), seconds) for name, (program, _, seconds) in ATTACKS.items()]

@@ -158,6 +158,11 @@ def is_readable(path):
   return subprocess.run([*sandbox.drop_root(), 'ls', path], capture_output=True).returncode == 0
 
 
+def test_refuses_an_interpreter_that_its_user_cannot_run():
+  box = Sandbox(python='/no/such/python')
+  assert "the sandbox's user cannot run /no/such/python" in box._find_fault()
+
+
 def test_refuses_without_bubblewrap(box, monkeypatch):
   monkeypatch.setattr(sandbox, '_bubblewrap', sandbox._bubblewrap.__wrapped__)
   monkeypatch.setenv('PATH', '/nowhere')
