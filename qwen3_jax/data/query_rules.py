@@ -10,7 +10,7 @@ import string
 from qwen3_jax.data.problems import NAMES, THINGS, WORDS
 from qwen3_jax.data.query import Query, by
 
-WORDING, LENGTH, LAYOUT, END, CASE = range(5)
+START, WORDING, LENGTH, LAYOUT, END, CASE = range(6)
 FOREIGN = {
   'de': ('German', 'Heute gehen wir zusammen in die Stadt und kaufen frisches Brot und Milch.'),
   'fr': ('French', "Aujourd'hui nous allons en ville pour acheter du pain et du lait."),
@@ -34,7 +34,7 @@ def _repeat_word(rng, d):
   if rng.random() < 0.3:
     return ({'keyword': word, 'frequency': n, 'relation': 'less than'},
             f'Use the word {word} less than {n} times.', None,
-            _add(*[f'There is the {word} too.'] * n))
+            _add(f'{word.title()}{f" {word}" * n}.'))
   return ({'keyword': word, 'frequency': n, 'relation': 'at least'},
           f'Use the word {word} at least {n} times.',
           _add(*[f'There is the {word} too.'] * n), None)
@@ -50,7 +50,8 @@ def _count_letter(rng, d):
   letter, n = rng.choice(string.ascii_lowercase), rng.randint(2, 3 + 2 * d)
   return ({'letter': letter, 'let_frequency': n, 'let_relation': 'at least'},
           f'Use the letter {letter} at least {n} times.', _add(f'They all say {letter * n} now.'),
-          (END, lambda text: ''.join(c for c in text if c.lower() != letter)))
+          (END, lambda text: 'BC'[letter == 'b'] + ''.join(
+            c for c in text if c.lower() != letter)))
 
 
 def _count_sentences(rng, d):
@@ -60,17 +61,17 @@ def _count_sentences(rng, d):
     return ({'num_sentences': n, 'relation': 'less than'}, f'Write less than {n} sentences.',
             None, (LENGTH, lambda text: text + ' All is well.' * n))
   return ({'num_sentences': n, 'relation': 'at least'}, f'Write at least {n} sentences.',
-          (LENGTH, lambda text: text + ' All is well.' * n), (LENGTH, lambda text: 'All is well.'))
+          (LENGTH, lambda text: text + ' All is well.' * n), (START, lambda text: 'Well.'))
 
 
 def _count_words(rng, d):
-  n = rng.randint(10, 10 + 10 * d)
+  n = rng.randint(12, 10 + 10 * d)
   if rng.random() < 0.4:
     n += 60
     return ({'num_words': n, 'relation': 'less than'}, f'Write less than {n} words.',
             None, (LENGTH, lambda text: text + ' All is well.' * n))
   return ({'num_words': n, 'relation': 'at least'}, f'Write at least {n} words.',
-          (LENGTH, lambda text: text + ' All is well.' * n), (LENGTH, lambda text: 'All is well.'))
+          (LENGTH, lambda text: text + ' All is well.' * n), (START, lambda text: 'Well.'))
 
 
 def _paragraphs(rng, d):
@@ -81,8 +82,8 @@ def _paragraphs(rng, d):
 
 def _first_word(rng, d):
   n = rng.randint(2, 2 + d)
-  nth, word = rng.randint(1, n), rng.choice(WORDS)
-  parts = [f'{word} is what comes first.' if k == nth else 'All is well.' for k in range(1, n + 1)]
+  nth, word = rng.randint(1, n), rng.choice(('first', 'here', 'now', 'so', 'then', 'today'))
+  parts = [f'{word} is what comes.' if k == nth else 'All is well.' for k in range(1, n + 1)]
   return ({'num_paragraphs': n, 'nth_paragraph': nth, 'first_word': word},
           f'Write {n} paragraphs with a blank line between them; number {nth} begins with {word}.',
           (LAYOUT, lambda text: '\n\n'.join(f'{part} {text}' for part in parts)), None)
@@ -138,7 +139,7 @@ def _no_comma(rng, d):
 def _postscript(rng, d):
   marker = rng.choice(('P.S.', 'P.P.S'))
   return ({'postscript_marker': marker}, f'Add a postscript that begins with {marker}',
-          (END, lambda text: f'{text}\n\n{marker} All is well.'), None)
+          (END, lambda text: f'{text} {marker} All is well.'), None)
 
 
 def _ending(rng, d):
@@ -235,7 +236,7 @@ def _make(rng, d, chosen):
     told.append(made[1])
     keeps.append(made[2])
     spoils.append(made[3])
-  begin = 'The things are on the table now.'
+  begin = 'The things are on the shelf now.'
   return Query(f'{asked} {" ".join(told)}', by('instructions'),
                {'instructions': rules}, _write(begin, keeps), _write(begin, spoils),
                steps=tuple(f'I must: {each}' for each in told))

@@ -74,11 +74,13 @@ class Judge:
       if not left:
         return
       try:
-        said = self.ask([[{'role': 'user', 'content': prompt}] for prompt in left], attempt)
+        said = list(self.ask([[{'role': 'user', 'content': prompt}] for prompt in left], attempt))
+        if len(said) != len(left):
+          raise ValueError(f'{len(said)} answers to {len(left)} questions')
       except Exception as error:
         said = [error] * len(left)
       again = []
-      for prompt, words in zip(left, said, strict=True):
+      for prompt, words in zip(left, said):
         try:
           if not isinstance(words, str):
             raise ValueError(f'the judge could not be asked: {words}')

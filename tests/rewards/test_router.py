@@ -67,7 +67,7 @@ def test_no_other_expression_reaches_the_target(route, said):
 
 
 def test_a_shut_gate_leaves_penalties_and_its_own_part(route):
-  router = route(scorers={'gate': fixed(0.0, 1.0), 'rest': fixed(None, 0.5), 'fine': fixed(0.5, 0)},
+  router = route(scorers={'gate': fixed(0.0, 1.0), 'rest': fixed(None, 0.5), 'fine': fixed(0.5, 1)},
                  gates=('gate',))
   records = [ask(gate=0.25, rest=1.0, fine=-0.5)] * 2
   shut, opened = router.score(records, [say('7')] * 2)
