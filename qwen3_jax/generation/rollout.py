@@ -85,7 +85,7 @@ def play(engine, records, sampling=None, seeds=None, thinking_budget=None, enabl
   budgets = spread(thinking_budget, count, 'thinking_budget')
   outputs = engine.run([Request(rows[place].prompt, settings[place], seeds[place],
                                 budgets[place] if modes[place] else None)
-                        for place in asked], respond)
+                        for place in asked], respond) if asked else []
   for place, output in zip(asked, outputs):
     rows[place].end(output)
   in_time([(row, row.judge) for row in rows if row.environment and not row.failure])
