@@ -1,78 +1,302 @@
-"""Prompts to texts: prefill once, then a jitted loop that decodes many tokens a call.
+"""The engine: requests to texts, by continuous batching over pages of keys and values.
 
-Rows of a batch are padded on the left, so that one number says how many cache slots are written.
-Every size that decides a compilation (rows, prompt length, cache slots) is rounded up to a few, and
-the cache doubles as the texts grow. Without a mesh one device works; under `jax.set_mesh`, with a
-model made or loaded sharded, rows are split over data and fsdp, heads over tensor.
+Texts join and leave between two calls of the compiled loop; those that begin alike share the pages
+of what they share. Every size that decides a compilation (rows, prompt length, page columns) is
+rounded up to a few. What a text draws depends on its request alone, and who runs when on all the
+requests: a call repeated gives the same bits. Without a mesh one device works; under `jax.set_mesh`
+rows and pages are split over data and fsdp, heads over tensor.
 """
-import dataclasses
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from qwen3_jax.generation import thinking
-from qwen3_jax.generation.sampling import Sampling, Settings, logp_of, sample
-from qwen3_jax.mesh import constrain
-from qwen3_jax.model import rope
-from qwen3_jax.model.cache import Cache
-from qwen3_jax.model.transformer import Qwen3
+from qwen3_jax.generation.decode import (
+  Decoder,
+  Rows,
+  decode,
+  grow,
+  make_pool,
+  prefill,
+  prepare,
+)
+from qwen3_jax.generation.pages import Pages
+from qwen3_jax.generation.rows import Output, Request, Row
+from qwen3_jax.generation.sampling import Sampling, Settings
+from qwen3_jax.generation.scheduler import Scheduler
+from qwen3_jax.mesh import shardings
+from qwen3_jax.model.cache import shards
 from qwen3_jax.text.template import render
 
+__all__ = ['Decoder', 'Engine', 'Output', 'Request', 'generate', 'prepare', 'stream']
 
-@dataclasses.dataclass
-class Output:
-  """One prompt's answer. Arrays have one entry a token; the token that stopped it is the last."""
-  text: str  # of `tokens`, without the one that stopped it
-  tokens: list[int]
-  logp: np.ndarray  # under the distribution each token was drawn from; 0 where greedy or forced
-  logp_untempered: np.ndarray  # under the model's plain softmax
-  forced: np.ndarray  # bool: put there by the thinking budget, not drawn
-  finish_reason: str  # 'stop' (a stop id) or 'length' (max_tokens, or the model's last position)
-  prompt: list[int]
-  routes: np.ndarray | None = None  # experts chosen, (prompt + tokens, MoE layers, X)
+SLOTS = 64  # the fewest positions a call is compiled for
+PIECE = 512  # tokens of one text that are prefilled at once, at most
+TOKENS = 4096  # tokens of all texts that are prefilled at once, at most
+DEAD = 8  # one in so many rows that ended, and waiting texts take their places
 
 
-@struct.dataclass
-class Decoder:
-  """A model made ready to decode: layers unstacked once, the head turned for one-token products."""
-  model: Qwen3
-  head_DV: jax.Array
+class Engine:
+  """Runs requests on one set of weights at a time.
 
-
-@struct.dataclass
-class Rows:
-  """What each row was asked to do."""
-  settings: Settings
-  stop_BJ: jax.Array  # stop ids, -1 where there are fewer
-  limit_B: jax.Array  # tokens a row may generate
-  budget: thinking.Budget | None
-
-
-@struct.dataclass
-class State:
-  """Where each row is: `hidden_BD` predicts its next token."""
-  cache: Cache
-  hidden_BD: jax.Array
-  count_B: jax.Array  # tokens generated
-  position_B: jax.Array  # of the next token
-  alive_B: jax.Array
-  seen_BV: jax.Array | None  # generated ids, where a presence penalty asks
-  progress: thinking.Progress | None
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def prepare(model, rows=1):
-  """Decoder of `model`, best for batches of `rows`.
-
-  It holds a copy of the weights: drop the model where memory is short.
+  `rows` texts run at once, over `pages` pages of `page` tokens (None: as many as it takes; more are
+  made, and the calls compiled anew, as texts grow). Without room for all a text waits, or the
+  youngest is set aside and computed again later. Up to `chunk` tokens are drawn between two looks
+  at the texts. `with_routes` keeps the experts of every token. `share` False: no text reads
+  another's pages. `paged`: attend to the pages where they lie instead of copying them once a chunk;
+  by default everywhere but on CPU.
   """
-  split = model.split(rows if jax.sharding.get_abstract_mesh().empty else None)
-  if not model.spec.tied:
-    del split.head_VD
-  return Decoder(split, constrain(model.head().T, 'DV'))
+
+  def __init__(self, model, tokenizer, rows=64, pages=None, page=None, chunk=32,
+               stop_text=thinking.STOP, with_routes=False, share=True, paged=None, version=None):
+    cpu = jax.default_backend() == 'cpu'
+    self.tokenizer, self.stop_text, self.with_routes = tokenizer, stop_text, with_routes
+    self.page, self.chunk, self.share = page or (32 if cpu else 128), chunk, share
+    self.paged = not cpu if paged is None else paged
+    self.shards, self.fixed, self.pool = shards(), pages is not None, None
+    self.prefilled = self.preempted = 0  # tokens computed before decoding; texts set aside
+    self.rows = -(-rows // self.shards)  # of each shard
+    self.count = -(-pages // self.shards) + 1 if self.fixed else 1 + 2 * self.rows
+    self.load(model, version)
+
+  def load(self, model, version=None):
+    """Draws with `model` (or a `Decoder`) from now on; outputs carry `version`.
+
+    Under a mesh its own arrays are used, moved only where their sharding is not the mesh's. On one
+    CPU a fused copy is made.
+    """
+    if not isinstance(model, Decoder):
+      mesh = jax.sharding.get_mesh()
+      model = model if mesh.empty else jax.device_put(model, shardings(model, mesh))
+      model = prepare(model, self.rows)
+    self.decoder, self.version = model, version
+
+  def run(self, requests, respond=None):
+    """Outputs of the `requests`, in order.
+
+    `respond([(index, Output so far), ...])` is asked once a chunk about all texts that a stop id
+    ended in it; it returns for each the ids to append, or None where it is over. A text goes on
+    after them, with its thinking budget whole again and what is left of its `max_tokens`; one that
+    has no room for them ends with reason 'length'. Raises ValueError for a prompt that has none.
+    """
+    steps = self.steps(requests, respond)
+    while True:
+      try:
+        next(steps)
+      except StopIteration as end:
+        return end.value
+
+  def steps(self, requests, respond=None):
+    """`run`, a chunk at a time: yields {index: more of its text}, returns the outputs."""
+    texts, outputs = self._open(requests), [None] * len(requests)
+    self.settings = Settings.make([request.sampling for request in requests],
+                                  [request.seed for request in requests], self.tokenizer.size)
+    self.stops = max([4, *(len(text.stops) for text in texts)])
+    pages = [Pages(self.count, self.page, self.share) for _ in range(self.shards)]
+    schedule = Scheduler(texts, pages, self.rows, self.chunk, None if self.fixed else self._grow)
+    self.pages = pages
+    while running := schedule.plan():
+      self._fill(running)
+      self._decode(running, bool(schedule.waiting))
+      for text in running:
+        schedule.release(text)
+      for text in self._ended(running, respond):
+        schedule.leave(text)
+        outputs[text.index] = text.output(self.version)
+      yield {text.index: text.delta for text in running if text.delta}
+    self.preempted += schedule.preempted
+    return outputs
+
+  @property
+  def longest(self):
+    """Tokens that a prompt may have at most, so that its answer has a position."""
+    positions = self.decoder.model.spec.max_position
+    return (min(positions, (self.count - 1) * self.page) if self.fixed else positions) - 1
+
+  def _open(self, requests):
+    """Rows of the requests; ValueError for one that cannot be run."""
+    for index, request in enumerate(requests):
+      if not 0 < len(request.prompt) <= self.longest:
+        raise ValueError(f'prompt {index} has {len(request.prompt)} tokens: want 1 to '
+                         f'{self.longest}, so that the answer has a position')
+    limits = [request.thinking_budget for request in requests]
+    self.budget = None
+    if any(limit is not None for limit in limits):
+      self.budget = thinking.make_budget(self.tokenizer, limits, self.stop_text)
+    texts = []
+    for index, request in enumerate(requests):
+      stops = request.sampling.stop_ids
+      stops = tuple(self.tokenizer.stop_ids if stops is None else stops)
+      texts.append(Row(index, request, stops, self.longest + 1 - len(request.prompt),
+                       self.tokenizer.stream()))
+      texts[-1].progress = self._begin(request.prompt)
+      if request.sampling.presence_penalty:
+        texts[-1].seen = np.zeros(self.decoder.model.spec.vocab, bool)
+    return texts
+
+  def _begin(self, ids):
+    """Where the thinking of a turn is that begins after `ids`: three numbers."""
+    if self.budget is None:
+      return None
+    progress = thinking.begin(self.budget, [ids])
+    return [int(x[0]) for x in (progress.phase_B, progress.spent_B, progress.place_B)]
+
+  def _grow(self, count):
+    """Room for `count` pages a shard, and some to spare."""
+    self.count = round_up(count, self.count)
+    for pages in self.pages:
+      pages.grow(self.count)
+    if self.pool is not None:
+      self.pool = grow(self.pool, self.count * self.shards)
+
+  def _fill(self, running):
+    """Runs what the texts hold that is in no page yet, but for the last id of each."""
+    for wave in sorted({text.wave for text in running}):
+      todo = [text for text in running if text.wave == wave]
+      while todo := [text for text in todo if text.cached < len(text.ids) - 1]:
+        self._fill_some(self._alike(todo))
+    for text in running:
+      if text.source is not None and self.with_routes:
+        known = np.concatenate(text.source.routes) if text.source.routes else []
+        text.learn_routes(0, known[:text.cached])
+      text.wave, text.source = 0, None
+
+  def _alike(self, todo):
+    """The texts among `todo` that are prefilled in one call with the first of them."""
+    def sizes(text):
+      tokens = min(len(text.ids) - 1 - text.cached, PIECE)
+      return 32 << max(0, (tokens - 1) // 32).bit_length(), self._columns([text.cached])
+    T, _ = wanted = sizes(todo[0])
+    alike = [[] for _ in range(self.shards)]
+    for text in todo:
+      if sizes(text) == wanted and len(alike[text.shard]) < max(1, TOKENS // T):
+        alike[text.shard].append(text)
+    return [text for part in alike for text in part], *wanted
+
+  def _fill_some(self, group):
+    texts, T, C = group
+    place, B = self._place(texts, 4)
+    tokens_BT, length_B, count_B = (np.zeros(shape, np.int32) for shape in ((B, T), B, B))
+    for b, text in zip(place, texts):
+      ids = text.ids[text.cached:len(text.ids) - 1][:T]
+      tokens_BT[b, :len(ids)], length_B[b], count_B[b] = ids, text.cached, len(ids)
+    tables = self._tables(place, texts, B, C, (T + self.page - 2) // self.page + 1)
+    self._make_pool()
+    self.pool, routes = prefill(self.decoder, self.pool, tokens_BT, length_B, count_B, *tables,
+                                self.with_routes)
+    routes = None if routes is None else np.asarray(routes)
+    for b, text in zip(place, texts):
+      if routes is not None:
+        text.learn_routes(text.cached, routes[b, :count_B[b]])
+      text.cached += int(count_B[b])
+    self.prefilled += int(count_B.sum())
+
+  def _make_pool(self):
+    if self.pool is None or self.pool.layers[0].k_BKHS.is_deleted():
+      model = self.decoder.model
+      self.pool = make_pool(model.spec, self.count * self.shards, self.page,
+                            np.dtype(model.embed_VD.dtype))
+
+  def _columns(self, lengths):
+    """Page columns of a call whose longest text holds so many tokens."""
+    longest = max(lengths)
+    return round_up(-(-longest // self.page), -(-SLOTS // self.page)) if longest else 0
+
+  def _place(self, texts, factor):
+    """The batch's row of each text, and how many rows it has: those of a shard lie together."""
+    inside = [0] * self.shards
+    for text in texts:
+      inside[text.shard] += 1
+    size = 1
+    while size < max(inside):
+      size *= factor
+    size, seen, place = min(size, self.rows), [0] * self.shards, []
+    for text in texts:
+      place.append(text.shard * size + seen[text.shard])
+      seen[text.shard] += 1
+    return place, size * self.shards
+
+  def _tables(self, place, texts, B, C, W):
+    """Pages to read (B, C), and to write from the first that is not full (B, W)."""
+    read_BC, write_BW = np.zeros((B, C), np.int32), np.zeros((B, W), np.int32)
+    for b, text in zip(place, texts):
+      pages, first = text.pages[:C], text.cached // self.page
+      read_BC[b, :len(pages)] = pages
+      if text.borrowed is not None:
+        read_BC[b, first] = text.borrowed
+      pages = text.pages[first:first + W]
+      write_BW[b, :len(pages)] = pages
+    return read_BC, write_BW
+
+  def _decode(self, running, waiting):
+    """One call: every running text gets its next tokens."""
+    place, B = self._place(running, 2)
+    held = [len(text.pages) * self.page if self.paged else text.cached for text in running]
+    tables = self._tables(place, running, B, max(1, self._columns(held)),
+                          (self.chunk + self.page - 2) // self.page + 1)
+    least = len(running) - len(running) // DEAD if waiting else min(len(running), B // 2 + 1)
+    self._make_pool()
+    self.pool, columns, steps, progress = decode(
+      self.decoder, self.pool, self._rows(place, running, B), *tables, np.int32(self.chunk),
+      np.int32(least), self.chunk, self.with_routes, self.paged)
+    steps = int(steps)
+    columns = {name: np.asarray(value)[:steps].swapaxes(0, 1) for name, value in columns.items()}
+    if progress is not None:
+      progress = np.stack([progress.phase_B, progress.spent_B, progress.place_B], 1).tolist()
+    for b, text in zip(place, running):
+      text.delta = ''
+      text.take({name: value[b] for name, value in columns.items()})
+      if progress is not None:
+        text.progress = progress[b]
+
+  def _rows(self, place, texts, B):
+    """What `decode` reads of the texts; rows without one are not alive."""
+    which = np.zeros(B, np.int32)
+    which[place] = [text.index for text in texts]
+    def column(values, dtype=np.int32, fill=0):
+      x = np.full((B, *np.shape(values)[1:]), fill, dtype)
+      x[place] = values
+      return x
+    closing = column([text.closing for text in texts], bool)
+    stop_BJ = column([text.stops + (-1,) * (self.stops - len(text.stops)) for text in texts])
+    budget = progress = seen_BV = None
+    if self.budget is not None:
+      budget = self.budget.replace(limit_B=self.budget.limit_B[which])
+      progress = thinking.Progress(*column([text.progress for text in texts]).T.copy())
+    if self.settings.penalised:
+      seen_BV = np.zeros((B, self.decoder.model.spec.vocab), bool)
+      for b, text in zip(place, texts):
+        if text.seen is not None:
+          seen_BV[b] = text.seen
+    return Rows(
+      column([text.ids[-1] for text in texts]), column([text.cached for text in texts]),
+      column([text.count for text in texts]), column([text.limit for text in texts]),
+      column([not text.closing for text in texts], bool), closing, stop_BJ,
+      jax.tree.map(lambda x: x[which], self.settings), seen_BV, budget, progress)
+
+  def _ended(self, running, respond):
+    """The texts that are over; those that `respond` has ids for go on."""
+    over = [text for text in running
+            if text.reason and (not self.with_routes or text.cached == len(text.ids))]
+    asked = [text for text in over if respond and text.stopped]
+    said = respond([(text.index, text.output(self.version)) for text in asked]) if asked else []
+    assert len(said) == len(asked), 'respond answers for every text'
+    for text, ids in zip(asked, said):
+      if ids is None:
+        continue
+      if text.count + len(ids) >= text.room or text.count >= text.limit:
+        text.reason = 'length'
+        continue
+      text.append(list(ids), self._begin(ids))
+      over.remove(text)
+    return over
+
+
+def round_up(n, least=16):
+  """The next of least * (1, 1.5, 2, 3, 4, 6, ...): at most half is wasted, and few are compiled."""
+  size, larger = least, max(least * 3 // 2, least + 1)
+  while size < n:
+    size, larger = larger, max(size * 2, larger + 1)
+  return size
 
 
 def generate(model, tokenizer, prompts, sampling=None, thinking_budget=None, seeds=None, **options):
@@ -100,25 +324,20 @@ def stream(model, tokenizer, prompts, sampling=None, thinking_budget=None, seeds
   at the texts. `stop_text` is what a spent thinking budget inserts. `enable_thinking` goes to the
   template of conversations.
   """
-  decoder = model if isinstance(model, Decoder) else prepare(model, _rows(min(rows, len(prompts))))
   ids = [_encode(tokenizer, prompt, enable_thinking) for prompt in prompts]
   each = _spread(sampling or Sampling(), len(ids), 'sampling')
   limits = _spread(thinking_budget, len(ids), 'thinking_budget')
   seeds = range(len(ids)) if seeds is None else _spread(seeds, len(ids), 'seeds')
-  longest = decoder.model.spec.max_position
-  for place, prompt in enumerate(ids):
-    if not 0 < len(prompt) < longest:
-      raise ValueError(f'prompt {place} has {len(prompt)} tokens: want 1 to {longest - 1}, so that '
-                       'the answer has a position')
-  outputs = []
-  for first in range(0, len(ids), rows):
-    part = slice(first, first + rows)
-    batch = _Batch(decoder, tokenizer, ids[part], each[part], limits[part], seeds[part], stop_text,
-                   chunk, with_routes)
-    for place, delta in batch.run():
-      yield first + place, delta
-    outputs += batch.finish()
-  return outputs
+  if not ids:
+    return []
+  engine = Engine(model, tokenizer, min(rows, len(ids)), chunk=chunk, stop_text=stop_text,
+                  with_routes=with_routes)
+  steps = engine.steps([Request(*request) for request in zip(ids, each, seeds, limits)])
+  while True:
+    try:
+      yield from next(steps).items()
+    except StopIteration as end:
+      return end.value
 
 
 def _encode(tokenizer, prompt, enable_thinking):
@@ -135,173 +354,3 @@ def _spread(value, count, name):
   if len(values) != count:
     raise ValueError(f'{name} has {len(values)} entries for {count} prompts: give one, or one each')
   return values
-
-
-def _rows(count):
-  """The next power of two."""
-  return 1 << (count - 1).bit_length() if count else 1
-
-
-SLOTS = 64  # of the smallest cache
-
-
-def round_up(n, least=16):
-  """The next of least * (1, 1.5, 2, 3, 4, 6, ...): at most half is wasted, and few are compiled."""
-  size = least
-  while size < n:
-    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-  return size
-
-
-class _Batch:
-  """The host's side of rows that are decoded together."""
-
-  def __init__(self, decoder, tokenizer, prompts, each, limits, seeds, stop_text, chunk,
-               with_routes):
-    self.decoder, self.tokenizer, self.prompts = decoder, tokenizer, prompts
-    self.chunk, self.with_routes = chunk, with_routes
-    self.stops = [tokenizer.stop_ids if row.stop_ids is None else row.stop_ids for row in each]
-    self.limits = [min(row.max_tokens, decoder.model.spec.max_position - len(ids))
-                   for row, ids in zip(each, prompts)]
-    self.texts = [tokenizer.stream() for _ in prompts]
-    self.parts = [[] for _ in prompts]  # of each row, the text so far
-    self.columns = []  # of each call, its arrays (steps, B)
-    extra = _rows(len(prompts)) - len(prompts)
-    width = max(4, *map(len, self.stops))
-    stop = [list(ids) + [-1] * (width - len(ids)) for ids in self.stops] + [[-1] * width] * extra
-    budget = None
-    if any(limit is not None for limit in limits):
-      budget = thinking.make_budget(tokenizer, list(limits) + [None] * extra, stop_text)
-    settings = Settings.make(list(each) + [each[0]] * extra, list(seeds) + [0] * extra,
-                             tokenizer.size)
-    self.rows = Rows(settings, np.array(stop, np.int32),
-                     np.array(self.limits + [0] * extra, np.int32), budget)
-    self.progress = thinking.begin(budget, prompts + [[0]] * extra) if budget else None
-
-  def run(self):
-    """Decodes until every row has finished, yielding (row, more text)."""
-    T = round_up(max(map(len, self.prompts)))
-    tokens_BT = np.zeros((len(self.rows.limit_B), T), np.int32)
-    segment_BT = np.zeros_like(tokens_BT)
-    for row, ids in enumerate(self.prompts):
-      tokens_BT[row, T - len(ids):], segment_BT[row, T - len(ids):] = ids, 1
-    state, self.prompt_routes = prefill(self.decoder, tokens_BT, segment_BT, self.rows,
-                                        self.progress, self.with_routes)
-    slots = used = T
-    most = round_up(T + max(self.limits), SLOTS)
-    while True:
-      if slots == used:
-        slots = min(round_up(2 * used, SLOTS), most)
-        state = grow(state, slots)
-      state, out, steps, alive = decode(self.decoder, state, self.rows, slots - used, self.chunk,
-                                        self.with_routes)
-      steps = int(steps)
-      used += steps
-      self.columns.append({name: np.asarray(value)[:steps] for name, value in out.items()})
-      yield from self._show(self.columns[-1])
-      if not alive:
-        return
-
-  def _show(self, column):
-    for row in range(len(self.prompts)):
-      ids = column['token'][:, row][column['real'][:, row]]
-      forced = column['forced'][:, row]
-      if ids.size and ids[-1] in self.stops[row] and not forced[ids.size - 1]:
-        ids = ids[:-1]
-      delta = ''.join(map(self.texts[row].push, ids.tolist()))
-      if delta:
-        self.parts[row].append(delta)
-        yield row, delta
-
-  def finish(self):
-    """The outputs; what a text's last, unfinished character leaves is added here."""
-    whole = {name: np.concatenate([c[name] for c in self.columns]) for name in self.columns[0]}
-    return [self._output(row, {name: value[whole['real'][:, row], row]
-                               for name, value in whole.items()})
-            for row in range(len(self.prompts))]
-
-  def _output(self, row, column):
-    ids = column['token'].tolist()
-    stopped = ids[-1] in self.stops[row] and not column['forced'][-1]
-    routes = None
-    if self.with_routes:
-      prompt = np.asarray(self.prompt_routes)[row, -len(self.prompts[row]):]
-      routes = np.concatenate([prompt, column['routes']])
-    return Output(''.join(self.parts[row]), ids, column['logp'], column['logp_untempered'],
-                  column['forced'], 'stop' if stopped else 'length', self.prompts[row], routes)
-
-
-@functools.partial(jax.jit, static_argnums=5)
-def prefill(decoder, tokens_BT, segment_BT, rows, progress, with_routes):
-  """State after the prompts (left padded), and their routes (B, T, layers, X) where asked for."""
-  model = decoder.model
-  B, T = tokens_BT.shape
-  tokens_BT, segment_BT = constrain(tokens_BT, 'BT'), constrain(segment_BT, 'BT')
-  position_BT = jnp.maximum(jnp.cumsum(segment_BT, axis=1) - 1, 0)
-  cache = Cache.make(model.spec, B, T, model.embed_VD.dtype)
-  out = model(tokens_BT, segment_BT, position_BT, cache)
-  cache = out.cache.replace(length=jnp.asarray(out.cache.length, jnp.int32))
-  seen_BV = jnp.zeros((B, model.spec.vocab), bool) if rows.settings.penalised else None
-  state = State(cache, out.hidden_BTD[:, -1],
-                jnp.zeros(B, jnp.int32), segment_BT.sum(1), rows.limit_B > 0, seen_BV, progress)
-  return state, out.routes.transpose(1, 2, 0, 3) if with_routes else None
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def grow(state, slots):
-  """The state with room for `slots` tokens."""
-  return state.replace(cache=state.cache.grow(slots))
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
-def decode(decoder, state, rows, room, chunk, with_routes):
-  """Up to min(`room`, `chunk`) tokens a row, fewer once every row has finished.
-
-  Returns (state, columns, steps, whether a row is alive): columns are arrays (chunk, B, ...), of
-  which the first `steps` are written: token, real (the row was alive), forced, logp,
-  logp_untempered and, where asked for, routes.
-  """
-  slots = jnp.arange(state.cache.segment_BS.shape[1])
-  rotation = rope.rotation(slots[None], *rope.spec_frequencies(decoder.model.spec))
-  advance = functools.partial(_step, decoder, rows, with_routes, [turn[0] for turn in rotation])
-  _, shapes = jax.eval_shape(advance, state)
-  columns = {name: jnp.zeros((chunk, *x.shape), x.dtype) for name, x in shapes.items()}
-  steps = jnp.minimum(room, chunk)
-
-  def more(carry):
-    i, state, _ = carry
-    return (i < steps) & state.alive_B.any()
-
-  def step(carry):
-    i, state, columns = carry
-    state, column = advance(state)
-    return i + 1, state, {name: columns[name].at[i].set(column[name]) for name in columns}
-
-  i, state, columns = jax.lax.while_loop(more, step, (jnp.int32(0), state, columns))
-  return state, columns, i, state.alive_B.any()
-
-
-def _step(decoder, rows, with_routes, rotation, state):
-  """Draws one token a row, and runs the model on it: (state, what is kept of the step)."""
-  logits_BV = jnp.dot(state.hidden_BD, decoder.head_DV, preferred_element_type=jnp.float32)
-  token_B, logp_B, plain_B = sample(constrain(logits_BV, 'BV'), rows.settings, state.count_B,
-                                    state.seen_BV)
-  alive_B, progress, forced_B = state.alive_B, state.progress, jnp.zeros_like(state.alive_B)
-  if progress is not None:
-    progress, token_B, forced_B = thinking.steer(progress, rows.budget, token_B)
-    logp_B = jnp.where(forced_B, 0.0, logp_B)
-    plain_B = logp_of(logits_BV, token_B)
-  seen_BV = state.seen_BV
-  if seen_BV is not None:
-    seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-  count_B = state.count_B + alive_B
-  stopped_B = (token_B[:, None] == rows.stop_BJ).any(-1) & ~forced_B
-  out = decoder.model(token_B[:, None], alive_B[:, None].astype(jnp.int32),
-                      state.position_B[:, None], state.cache,
-                      rotation=[turn[state.position_B][:, None] for turn in rotation])
-  column = dict(token=token_B, real=alive_B, forced=forced_B, logp=logp_B, logp_untempered=plain_B)
-  if with_routes:
-    column['routes'] = out.routes[:, :, 0].swapaxes(0, 1)
-  state = State(out.cache, out.hidden_BTD[:, 0], count_B, state.position_B + alive_B,
-                alive_B & ~stopped_B & (count_B < rows.limit_B), seen_BV, progress)
-  return state, column

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.extend.random import threefry_2x32
 
 NEVER = -1e30  # finite, so that a difference of two masked logits is not NaN
 
@@ -52,7 +51,7 @@ class Settings:
   top_p_B: jax.Array
   min_p_B: jax.Array
   presence_B: jax.Array
-  key_B: jax.Array  # typed keys, one a row
+  seed_BJ: jax.Array  # two numbers of 32 bits: the sampling's seed, the row's
   size: int = struct.field(pytree_node=False)  # ids from here on are never drawn
   greedy: bool = struct.field(pytree_node=False)  # every row
   width: int | None = struct.field(pytree_node=False)  # candidates that are sorted; None: no sort
@@ -61,6 +60,7 @@ class Settings:
   @classmethod
   def make(cls, rows, seeds, size):
     """Settings of `rows`, a `Sampling` each; row i draws with the key (rows[i].seed, seeds[i]).
+    Arrays are numpy's.
 
     `size` is the number of ids that the tokenizer has; the embedding may have more rows.
     """
@@ -71,10 +71,9 @@ class Settings:
     filters = any(row.top_k or row.top_p for row in drawn)
     width = max(min(row.top_k or size, size) for row in drawn) if filters else 0
     width = min(size, 1 << (width - 1).bit_length()) if width else None
-    fold = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))
     return cls(column('temperature', 0), column('top_k', size, np.int32), column('top_p', 1),
                column('min_p', 0), column('presence_penalty', 0),
-               fold(np.array([row.seed for row in rows], np.uint32), np.array(seeds, np.uint32)),
+               np.array([(row.seed, seed) for row, seed in zip(rows, seeds)], np.uint32),
                size, not drawn, width, any(row.presence_penalty for row in rows))
 
 
@@ -127,21 +126,37 @@ def _draw(logits_BV, settings, count_B):
     logits_BC = jnp.where(kept_BC, logits_BC, NEVER)
   floor_B1 = logits_BC.max(-1, keepdims=True) + jnp.log(settings.min_p_B)[:, None]
   logits_BC = jnp.where(logits_BC >= floor_B1, logits_BC, NEVER)
-  key_B = jax.vmap(jax.random.fold_in)(settings.key_B, count_B)
-  every_BC = jnp.broadcast_to(jnp.arange(logits_BC.shape[1]), logits_BC.shape)
-  noise_BC = jax.vmap(_gumbel)(key_B, every_BC if id_BC is None else id_BC)
+  noise_BC = _gumbel(settings.seed_BJ, count_B, jnp.arange(logits_BC.shape[1]) if id_BC is None
+                     else id_BC)
   place_B = argmax(jnp.where(logits_BC > NEVER, logits_BC + noise_BC, NEVER))
   token_B = place_B if id_BC is None else jnp.take_along_axis(id_BC, place_B[:, None], 1)[:, 0]
   return token_B, logp_of(logits_BC, place_B)
 
 
-def _gumbel(key, id_C):
-  """Gumbel noise of each id: a hash of (key, id), so the same whichever candidates are kept.
+def _gumbel(seed_BJ, count_B, id_BC):
+  """Gumbel noise of each id: a hash of (seeds, count, id), the same whichever candidates are kept.
 
   From all 32 bits, finest where the noise is largest: a draw's tail is not cut off at 2^-23.
   """
-  low_high = jnp.concatenate([jnp.zeros_like(id_C), id_C]).astype(jnp.uint32)
-  bits = threefry_2x32(jax.random.key_data(key), low_high).reshape(2, -1)
-  u_C = (bits[0] ^ bits[1]).astype(jnp.float32) * 2.0 ** -32 + 2.0 ** -33
-  u_C = jnp.minimum(u_C, 1 - 2.0 ** -24)
-  return -jnp.log(-jnp.log1p(-u_C))
+  key = jnp.zeros(len(seed_BJ), jnp.uint32), seed_BJ[:, 0]
+  for number_B in (seed_BJ[:, 1], count_B):
+    key = threefry(*key, number_B)
+  bits = threefry(*(half[:, None] for half in key), id_BC)
+  u_BC = (bits[0] ^ bits[1]).astype(jnp.float32) * 2.0 ** -32 + 2.0 ** -33
+  u_BC = jnp.minimum(u_BC, 1 - 2.0 ** -24)
+  return -jnp.log(-jnp.log1p(-u_BC))
+
+
+def threefry(a, b, number):
+  """Threefry-2x32 (Salmon et al. 2011) of (0, number) under the key (a, b): `jax.random.fold_in`.
+
+  Written out, XLA fuses it with what follows: jax's own is a loop of passes over memory on CPU.
+  """
+  keys = a, b, a ^ b ^ np.uint32(0x1BD11BDA)
+  x, y = a, number.astype(jnp.uint32) + b
+  for i in range(5):
+    for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+      x = x + y
+      y = (y << turn | y >> (32 - turn)) ^ x
+    x, y = x + keys[(i + 1) % 3], y + keys[(i + 2) % 3] + np.uint32(i + 1)
+  return x, y

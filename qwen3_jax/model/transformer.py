@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from qwen3_jax.mesh import constrain, shardings
 from qwen3_jax.model import rope
 from qwen3_jax.model.attention import Attention, rms_norm
-from qwen3_jax.model.cache import Cache
+from qwen3_jax.model.cache import Cache, Paged
 from qwen3_jax.model.fused import fuse
 from qwen3_jax.model.moe import Balance, Mlp, Moe
 
@@ -30,14 +30,14 @@ class Context:
   rotation: tuple[jax.Array, jax.Array]  # cos, sin (B, T, 1, H/2)
   segment_BT: jax.Array
   segment_BS: jax.Array | None = None  # with a cache: of all slots
-  start: jax.Array | int = 0  # with a cache: slot of the first new token
+  start: jax.Array | int = 0  # with a cache: slot (of `Paged`: position) of the first new token
 
 
 @struct.dataclass
 class Output:
   """`hidden_BTD` is after the final norm; per-layer statistics are stacked over the MoE layers."""
   hidden_BTD: jax.Array
-  cache: Cache | None = None
+  cache: Cache | Paged | None = None
   balance: Balance | None = None
   routes: jax.Array | None = None  # (layers, B, T, X)
 
@@ -99,15 +99,14 @@ class Qwen3(nnx.Module):
       rotation = rope.rotation(position_BT, *rope.spec_frequencies(self.spec))
     context = Context(rotation, segment_BT)
     if cache is not None:
-      segment_BS = jax.lax.dynamic_update_slice(cache.segment_BS, segment_BT, (0, cache.length))
-      context = context.replace(segment_BS=segment_BS, start=cache.length)
+      context = context.replace(segment_BS=cache.mark(segment_BT), start=cache.length)
     table_VD = constrain(self.embed_VD[...].astype(dtype), '..')
     x_BTD = constrain(table_VD[tokens_BT], 'BTD')
     if cache is None:
       x_BTD, balance, routes = self._scanned(x_BTD, context, routes, remat)
     else:
       x_BTD, layers, balance, routes = self._unrolled(x_BTD, context, cache, routes)
-      cache = Cache(layers, context.segment_BS, cache.length + tokens_BT.shape[1])
+      cache = cache.advance(layers, segment_BT)
     return Output(rms_norm(x_BTD, self.norm_D[...], self.spec.norm_eps), cache, balance, routes)
 
   def _scanned(self, x_BTD, context, routes, remat):

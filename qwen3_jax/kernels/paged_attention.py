@@ -1,0 +1,41 @@
+"""Attention of one query a row to keys and values that lie in pages.
+
+Plain JAX: a loop over blocks of page columns with an online softmax (Milakov & Gimelshein 2018), as
+long as the longest row needs, so that no array of rows x positions exists.
+"""
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that no difference of two of them is NaN
+SLOTS = 1024  # visited in one turn
+
+
+def paged_attention(q_BKGH, k_BKHS, v_BKSH, table_BC, length_B):
+  """softmax(q k / sqrt(H)) v over each row's first `length_B` tokens; (B, K, G, H).
+
+  The first axis of `k_BKHS` and `v_BKSH` is pages, S the slots of one. Column c of `table_BC` is
+  the page of positions c * S .. c * S + S - 1; columns past a row's length may hold any page. A row
+  of length 0 gives 0.
+  """
+  B, K, G, H = q_BKGH.shape
+  size, columns = v_BKSH.shape[2], table_BC.shape[1]
+  block = min(columns, max(1, SLOTS // size))
+  table_BC = jnp.pad(table_BC, ((0, 0), (0, -columns % block)))
+
+  def visit(i, carry):
+    o, top, total = carry
+    page_BC = jax.lax.dynamic_slice_in_dim(table_BC, i * block, block, 1)
+    k, v = k_BKHS[page_BC], v_BKSH[page_BC]
+    s = jnp.einsum('BKGH,BCKHS->BKGCS', q_BKGH, k, preferred_element_type=jnp.float32) * H ** -0.5
+    position_CS = (i * block + jnp.arange(block))[:, None] * size + jnp.arange(size)
+    s = jnp.where((position_CS < length_B[:, None, None])[:, None, None], s, MASKED)
+    top_new = jnp.maximum(top, s.max((-2, -1)))
+    p = jnp.exp(s - top_new[..., None, None])
+    keep = jnp.exp(top - top_new)
+    pv = jnp.einsum('BKGCS,BCKSH->BKGH', p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return o * keep[..., None] + pv, top_new, total * keep + p.sum((-2, -1))
+
+  turns = -(-length_B.max() // (block * size))
+  o, none = jnp.zeros(q_BKGH.shape, jnp.float32), jnp.zeros((B, K, G))
+  o, _, total = jax.lax.fori_loop(0, turns, visit, (o, none + MASKED / 10, none))
+  return (o / jnp.where(total > 0, total, 1)[..., None]).astype(q_BKGH.dtype)
