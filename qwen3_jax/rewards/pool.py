@@ -35,7 +35,8 @@ class Pool:
   def run(self, jobs, deadline):
     """For each (name, record, response) a float or Missing; `deadline(name)` is its seconds.
 
-    The start of a child is not counted. A job whose child dies is given to another once.
+    The start of a child is not counted. A job whose child dies is given to another once. Raises
+    RuntimeError where children do not start.
     """
     try:
       return self._run(jobs, deadline)
@@ -44,14 +45,16 @@ class Pool:
       raise
 
   def _run(self, jobs, deadline):
-    results, left = [None] * len(jobs), collections.deque(enumerate(jobs))
+    lines = [_encode(*job, deadline(job[0])) for job in jobs]
+    results = [line if isinstance(line, Missing) else None for line in lines]
+    left = collections.deque(i for i, result in enumerate(results) if result is None)
     died, busy = collections.Counter(), {}
     with selectors.DefaultSelector() as selector:
       while left or busy:
         for worker in self.workers:
           if left and worker not in busy:
             busy[worker] = left.popleft()
-            worker.begin(busy[worker][1], deadline(busy[worker][1][0]))
+            worker.begin(lines[busy[worker]], deadline(jobs[busy[worker]][0]))
             selector.register(worker.socket, selectors.EVENT_READ, worker)
         wait = min(worker.until for worker in busy) - time.monotonic()
         ready = [key.data for key, _ in selector.select(max(wait, 0))]
@@ -60,10 +63,13 @@ class Pool:
           if answer is None:
             continue
           selector.unregister(worker.socket)
-          place, job = busy.pop(worker)
+          place, started = busy.pop(worker), worker.sent
           if worker.finish(answer) and not died[place]:
             died[place] += 1
-            left.appendleft((place, job))
+            left.appendleft(place)
+          elif not started and 'ended with -' not in answer.reason:  # no signal killed it
+            raise RuntimeError(f'processes for verifiers do not start ({answer.reason}); try: '
+                               f'{sys.executable} -c "import qwen3_jax.rewards.verifiers"')
           else:
             results[place] = answer
     return results
@@ -74,17 +80,24 @@ class Pool:
       worker.stop()
 
 
+def _encode(name, record, response, seconds):
+  """The line that a child reads; Missing where there is none, as of calls nested too deep."""
+  fields = {field.name: getattr(response, field.name) for field in dataclasses.fields(response)}
+  try:
+    return json.dumps([name, record, fields, seconds]).encode() + b'\n'
+  except (TypeError, ValueError, RecursionError) as error:
+    return Missing(f'cannot be sent to a verifier: {error}'[:300])
+
+
 class _Worker:
   """One child: starting (its first line is `ready`), working on a job, or idle."""
 
   def __init__(self):
     self.process, self.socket, self.until, self.jobs = None, None, 0.0, 0
 
-  def begin(self, job, seconds):
+  def begin(self, line, seconds):
     """Gives a job to the child, which may be starting."""
-    name, record, response = job
-    self.seconds, self.sent, self.read = seconds, False, b''
-    self.line = json.dumps([name, record, dataclasses.asdict(response), seconds]).encode() + b'\n'
+    self.line, self.seconds, self.sent, self.read = line, seconds, False, b''
     if self.process is None or self.process.poll() is not None or self.jobs >= RECYCLE:
       self.stop()
       self.start()
@@ -96,7 +109,8 @@ class _Worker:
   def start(self):
     self.socket, theirs = socket.socketpair()
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1',
-                   'PYTHONPATH': str(Path(__file__).parents[2])}
+                   'PYTHONPATH': os.pathsep.join(filter(None, (
+                     str(Path(__file__).parents[2]), os.environ.get('PYTHONPATH'))))}
     with theirs:
       self.process = subprocess.Popen(
         [sys.executable, '-P', '-m', __name__], stdin=theirs, stdout=theirs,

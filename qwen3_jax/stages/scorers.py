@@ -116,7 +116,7 @@ class RewardScorer:
     try:
       ids = preferences.encode_last(self.tokenizer, shared | {
         'messages': [*record['messages'], *messages], 'enable_thinking': False})
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       return Unscored(f'the reward model cannot read it: {error}')
     longest = self.model.spec.max_position
     if len(ids) > longest:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from qwen3_jax.rewards import pool
 from qwen3_jax.rewards.response import Response
 from qwen3_jax.rewards.router import MEMORY, Router, summarise
 
@@ -146,6 +147,24 @@ def test_running_statistics_forget():
 def test_records_that_cannot_be_scored(route, change, message):
   with pytest.raises(ValueError, match=message):
     route().score([ask() | change], [say('7')])
+
+
+def test_calls_nested_too_deep_and_records_that_are_no_json(route):
+  deep = {}
+  for _ in range(5000):
+    deep = {'a': deep}
+  call = {'name': 'f', 'arguments': deep}
+  records = [ask(), ask() | {'numbers': {1, 2}}, ask()]
+  said = [Response('7', '', '7', (call,), 9, 'stop'), say('7'), say('7')]
+  scored = route(workers=1).score(records, said)
+  assert [s.reward for s in scored] == [None, None, 1.0]
+  assert all('cannot be sent' in s.missing['math'] for s in scored[:2])
+
+
+def test_children_that_do_not_start_stop_the_run(route, monkeypatch):
+  monkeypatch.setattr(pool, '__name__', 'qwen3_jax.rewards.no_such_module')
+  with pytest.raises(RuntimeError, match='do not start .worker ended with 1.; try'):
+    route(workers=1).score([ask()], [say('7')])
 
 
 def test_equal_calls_give_equal_results(route):
