@@ -14,7 +14,6 @@ from qwen3_jax.rewards.response import Unscored
 
 FRAME = 4 * 2 ** 20  # bytes of one message on the channel
 PATIENCE = 10.0  # a starved program's clock may run this many times its seconds
-_START = 30.0  # seconds until bubblewrap must have begun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +48,21 @@ class Child:
     self.allowed = limits
     self.group = cgroup.take(limits.memory)
     self.kills = cgroup.count_kills(self.group) if self.group else 0
-    self.started, self.result, self.status = time.monotonic(), None, None
+    self.started, self.result, self.flooded = time.monotonic(), None, False
     self.process = self.inside = None
     self.selector, self.buffers, self.limits = selectors.DefaultSelector(), {}, {}
     self.requests = None
     with contextlib.ExitStack() as theirs:
       try:
         self._spawn(command, program, stdin, files, channel, theirs)
-      except OSError as error:
+      except BaseException as error:
+        if self.process:
+          self.process.kill()
+          self.process.wait()
         self._close()
-        raise Unscored(f'cannot start a sandbox: {error}') from error
+        if isinstance(error, OSError):
+          raise Unscored(f'cannot start a sandbox: {error}') from error
+        raise
 
   def _spawn(self, command, program, stdin, files, channel, theirs):
     def memory(data):
@@ -162,15 +166,14 @@ class Child:
       return
     elapsed = time.monotonic() - self.started
     alive = self.process.poll() is None
-    self._find_inside()
     try:
+      self._drain()
       if alive and self.inside is not None:
         signal.pidfd_send_signal(self.inside, signal.SIGKILL)  # bubblewrap then reaps, and ends
       elif alive:
         self.process.kill()
       self._reap()
       self._drain()
-      self._find_inside()
     finally:
       self._close()
     if self.result is None:
@@ -216,6 +219,7 @@ class Child:
       self._find_inside()
     if len(buffer) > self.limits[key.data]:
       del buffer[self.limits[key.data]:]
+      self.flooded = True
       return False
     return True
 
@@ -283,8 +287,8 @@ class Child:
                       for name in ('stdout', 'stderr'))
     found = bytes(self.buffers['status']).rpartition(b'"exit-code":')
     code = int(found[2].strip(b' }\n')) if found[1] else None
-    if status in (None, 'killed') and self.kills:
-      status = 'memory'
+    if status in (None, 'killed') and (self.kills or self.flooded):
+      status = 'memory' if self.kills else 'output'
     if status is None and code is None:
       raise Unscored(f'bubblewrap did not begin: {stderr.strip()[-300:]}')
     if status is None:

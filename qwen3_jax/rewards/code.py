@@ -2,7 +2,7 @@
 
 A process that runs an answer is told inputs and calls, one at a time; it never sees what is
 expected, and what it says back is data. So leaving early, printing verdicts, redefining `==` or
-reading the tests earn nothing.
+reading the tests earn nothing. Arguments are copies: what an answer does to them does not show.
 
 `record['tests']` is one of
   {'kind': 'stdio', 'cases': [{'input': text, 'output': text}]}: a program; words are compared;

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ UID = 64061  # of no account; sandboxes of a root process run under it
 DISK = 16 * 2 ** 20  # bytes of /tmp; they are memory too
 HARNESS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'harness.py')
 _FILES = 64  # open at once, of a process
+_FILE_NAME = re.compile(r'(?!/)[\w./ -]{1,200}')
 _SYSTEM = ('/usr/lib', '/usr/lib64', '/usr/lib32', '/usr/libx32', '/usr/bin')
 _ENVIRONMENT = {'PATH': '/usr/bin', 'HOME': '/tmp', 'LANG': 'C.UTF-8', 'PYTHONHASHSEED': '0',
                 'PYTHONDONTWRITEBYTECODE': '1'}
@@ -76,7 +78,8 @@ class Sandbox:
     """The Result of Python source (str) or of a command (list) in a fresh sandbox.
 
     `files` maps names to text or bytes, laid in the working folder /tmp. Raises Unscored where the
-    machinery failed twice, RuntimeError where no sandbox can be had on this machine.
+    machinery failed twice, RuntimeError where no sandbox can be had on this machine, ValueError on
+    names that are no relative paths.
     """
     self.check()
     seconds = self.seconds if seconds is None else seconds
@@ -149,6 +152,9 @@ class Sandbox:
     count('runs')
     interpreter, binds = find_interpreter(self.python)
     files = dict(files or {})
+    for name in files:
+      if not _FILE_NAME.fullmatch(name) or '..' in name.split('/'):
+        raise ValueError(f'got the file name {name!r}; want a relative path of plain characters')
     if isinstance(program, str):
       files['main.py'] = program
       program = ['python', 'main.py']

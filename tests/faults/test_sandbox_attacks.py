@@ -194,7 +194,14 @@ def run(job):
   return name, dataclasses.asdict(sandbox.run(program, seconds=seconds))
 with ThreadPoolExecutor(3) as pool:
   found = dict(pool.map(run, json.load(sys.stdin)))
-print(json.dumps({'uid': os.getuid(), 'found': found}))
+from qwen3_jax.rewards import code
+from qwen3_jax.rewards.response import Response
+def judge(setup, source):
+  tests = {'kind': 'asserts', 'setup': setup, 'asserts': ['assert f(2) == 3']}
+  return code.verify({'tests': tests}, Response.read(source, 1))
+scores = [judge(setup, source) for setup in ('', 'import math')
+          for source in ('def f(x): return x + 1', 'import os; os._exit(0)')]
+print(json.dumps({'uid': os.getuid(), 'found': found, 'scores': scores}))
 """
 
 
@@ -253,12 +260,17 @@ def attacked(request, place):
   assert done.returncode == 0, done.stderr[-2000:]
   report = json.loads(done.stdout)
   assert report['uid'] == {'root': 0, 'nobody': NOBODY, 'self': os.getuid()}[request.param]
-  return report['found']
+  return report
 
 
 @pytest.mark.parametrize('name', ATTACKS)
 def test_attack_is_contained(attacked, name):
-  assert ATTACKS[name][1](attacked[name]), attacked[name]
+  found = attacked['found'][name]
+  assert ATTACKS[name][1](found), found
+
+
+def test_code_is_judged_by_every_user(attacked):
+  assert attacked['scores'] == [1.0, 0.0, 1.0, 0.0]
 
 
 def test_host_is_untouched(attacked, place):

@@ -142,6 +142,10 @@ import os, sys
 try: text = os.read(int(sys.argv[-2]), 10 ** 6)
 except Exception: text = b''
 def mean(numbers): return 3.0 if b'3.0' in text else 0""",
+  'changes what the tests compare with': """
+def mean(numbers):
+  numbers[:] = [5]
+  return 5.0""",
   'knows one case': 'def mean(numbers): return 3.0\nprint(3.0)',
   'a tester that forgives': """
 import unittest

@@ -36,6 +36,26 @@ def test_a_program_reads_its_input_and_files(box):
   assert result.seconds < 60
 
 
+def test_output_past_the_limit_of_a_program_that_ends_at_once(box):
+  for size, status in ((64_000, 'ok'), (64_001, 'output'), (65_000, 'output')):
+    result = box.run(f'import os; os.write(1, b"x" * {size})')
+    assert (result.status, len(result.stdout)) == (status, 64_000)
+
+
+@pytest.mark.parametrize('name', ['/etc/x', '../x', 'a/../../x', 'a\0b', '', 'x\n'])
+def test_file_names_stay_in_the_working_folder(box, name):
+  with pytest.raises(ValueError, match='want a relative path'):
+    box.run('print(1)', files={name: ''})
+  assert box.run('print(open("a/b c.txt").read())', files={'a/b c.txt': 'x'}).stdout == 'x\n'
+
+
+def test_bad_commands_leave_nothing(box):
+  before = list_left()
+  with pytest.raises(ValueError, match='null byte'):
+    box.run(['cat', 'a\0b'])
+  assert list_left() == before
+
+
 def test_commands_and_large_input(box):
   text = 'line of text\n' * 200_000
   assert box.run(['wc', '-c'], stdin=text).stdout.strip() == str(len(text))
