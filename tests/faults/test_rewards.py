@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from qwen3_jax.rewards import pool
+from qwen3_jax.rewards import pool, worker
 from qwen3_jax.rewards.judge import Judge
 from qwen3_jax.rewards.response import Response
 from qwen3_jax.rewards.router import Router, summarise
@@ -71,7 +71,7 @@ def test_an_answer_that_kills_two_children_is_missing():
 
 
 def test_a_child_that_hangs_is_killed_at_the_deadline():
-  with opened(workers=2, seconds={'math': 0.2}, scorers={'judge': lambda pairs: [0.5] * len(pairs)}
+  with opened(workers=2, seconds={'math': 1.0}, scorers={'judge': lambda pairs: [0.5] * len(pairs)}
               ) as router:
     record = dict(math=0.5, judge=0.5)
     worker = router.pool.workers[0]
@@ -154,6 +154,23 @@ def test_what_hangs_elsewhere_is_answered_and_the_rest_arrives(golden):
     found = router.score(records, [Response.read(row['prediction'], 9) for row in rows])
   assert [s.components for s in found] == [
     {'math': float(row['expected']), 'other': 0.5} for row in rows]
+
+
+def test_a_comparison_that_waits_for_a_processor_is_not_wrong():
+  """The deadline of math-verify counts its own processor time."""
+  if not worker.available():
+    pytest.skip('math-verify is not installed')
+  assert worker.compare('$\\sin^2 x$', '$1-\\cos^2 x$', 60.0) is True
+  child, found = worker._child['process'], []
+  os.kill(child.pid, signal.SIGSTOP)
+  thread = threading.Thread(target=lambda: found.append(
+    worker.compare('$\\ln 8$', '$3\\ln 2$', 2.0)))
+  thread.start()
+  time.sleep(2.5)
+  os.kill(child.pid, signal.SIGCONT)
+  thread.join()
+  assert found == [True] and worker._child['process'] is child
+  worker.stop()
 
 
 def test_no_child_is_left_behind():
