@@ -57,8 +57,9 @@ def play(engine, records, sampling=None, seeds=None, thinking_budget=None, enabl
   that does not exist and for messages that cannot be rendered.
   """
   count = len(records)
-  modes = [record.get('enable_thinking', mode)
-           for record, mode in zip(records, spread(enable_thinking, count, 'enable_thinking'))]
+  modes = spread(enable_thinking, count, 'enable_thinking')
+  modes = [mode if record.get('enable_thinking') is None else record['enable_thinking']
+           for record, mode in zip(records, modes)]
   rows = [_Row(engine.tokenizer, record, mode, open_environment)
           for record, mode in zip(records, modes)]
 
