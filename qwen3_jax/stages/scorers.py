@@ -1,5 +1,6 @@
 """What scores answers: the router of a config, its reward model, judge and sandbox."""
 import concurrent.futures
+import dataclasses
 import functools
 import re
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from qwen3_jax.data import preferences
 from qwen3_jax.generation.respond import Failure, open_responder
+from qwen3_jax.generation.sampling import NON_THINKING
 from qwen3_jax.model import reward
 from qwen3_jax.rewards import code
 from qwen3_jax.rewards.judge import Judge, break_tokens
@@ -17,6 +19,7 @@ from qwen3_jax.rewards.router import Router
 from qwen3_jax.stages import load
 
 SANDBOXES = 32  # at once
+VERDICT = 512  # tokens that a judge of ours may write; an endpoint has its own settings
 NOTHING = '(no answer)'
 _last_reward = jax.jit(reward.last_reward)
 
@@ -37,7 +40,9 @@ def open_router(settings, mesh=None):
   if judge := settings.get('judge'):
     remote = bool(re.match('https?://', judge))
     responder = open_responder(judge, functools.partial(load.load_model, mesh=mesh))
-    scorers['judge'] = Judge(functools.partial(ask, responder), seconds=300.0 if remote else None)
+    sampling = None if remote else dataclasses.replace(NON_THINKING, max_tokens=VERDICT)
+    scorers['judge'] = Judge(functools.partial(ask, responder, sampling),
+                             seconds=300.0 if remote else None)
     inline += [] if remote else ['judge']
   if folder := settings.get('reward_model'):
     scorers['preference'] = open_reward_model(folder, mesh)
@@ -59,9 +64,9 @@ def score_code(sandbox, pairs):
     return list(threads.map(run, pairs))
 
 
-def ask(responder, conversations, attempt):
+def ask(responder, sampling, conversations, attempt):
   """A judge's words on each conversation, without its reasoning, or a Failure."""
-  answers = responder.respond(conversations, 1, None, enable_thinking=False, first=attempt)
+  answers = responder.respond(conversations, 1, sampling, enable_thinking=False, first=attempt)
   return [each if isinstance(each, Failure) else each[0].content for each in answers]
 
 

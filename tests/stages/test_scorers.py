@@ -7,22 +7,28 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from qwen3_jax.commands import config as configs
 from qwen3_jax.model import reward
 from qwen3_jax.rewards import code
 from qwen3_jax.rewards.response import Response, Unscored
 from qwen3_jax.rewards.router import Router
 from qwen3_jax.spec import Spec
-from qwen3_jax.stages import scorers
+from qwen3_jax.stages import load, scorers
 from qwen3_jax.text import tokenizer as text
+from qwen3_jax.training.checkpoint import Checkpoints
 from tests.endpoint import serve
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
+def train_tokenizer(folder):
+  texts = ['user assistant system what is the answer to it say seven think'] * 50
+  return text.train(texts, 330, folder / 'tokenizer')
+
+
 @pytest.fixture(scope='module')
 def scorer(tmp_path_factory):
-  texts = ['user assistant system what is the answer to it say seven think'] * 50
-  tokenizer = text.train(texts, 330, tmp_path_factory.mktemp('scorers') / 'tokenizer')
+  tokenizer = train_tokenizer(tmp_path_factory.mktemp('scorers'))
   spec = Spec(layers=2, width=32, heads=2, kv_heads=1, head_width=16, mlp=64, vocab=336,
               max_position=256)
   return scorers.RewardScorer(reward.RewardModel(spec, nnx.Rngs(0)), tokenizer, batch=4)
@@ -90,6 +96,20 @@ def test_a_router_normalises_rewards_and_keeps_its_state(scorer):
   router.close()
 
 
+def test_the_reward_model_of_a_run_is_opened(scorer, tmp_path):
+  config = configs.load_config('configs/reward_model.py:tiny',
+                               ['--config.model.vocab=336', '--config.init=elsewhere'])
+  train_tokenizer(tmp_path)
+  (tmp_path / 'config.json').write_text(configs.to_json(config))
+  checkpoints = Checkpoints(tmp_path / 'checkpoints')
+  checkpoints.save(0, dict(params=reward.make(load.spec_from(config.model), 1)), {}, {})
+  checkpoints.close()
+  router = scorers.open_router({'reward_model': str(tmp_path), 'gates': ()})
+  scored = router.score([ask()] * 3, [say('seven ' * i) for i in range(3)])
+  router.close()
+  assert len({s.reward for s in scored}) == 3 and all(0 < s.reward < 1 for s in scored)
+
+
 def test_a_judge_behind_an_endpoint():
   def answer(body, number):
     asked = body['messages'][0]['content']
@@ -110,7 +130,7 @@ def test_a_judge_behind_an_endpoint():
 
 def test_an_endpoint_that_is_not_there_costs_no_answer():
   router = scorers.open_router({'judge': 'http://127.0.0.1:9/v1'})
-  router.scorers['judge'].ask.args[0].tries = 1
+  router.scorers['judge'].ask.args[0].tries = 1  # of the connection
   router.scorers['judge'].tries = 1
   scored, = router.score([ask(reference='seven') | {'verifiers': {'judge': 1.0}}], [say('seven')])
   router.close()
