@@ -50,7 +50,8 @@ def play(engine, records, sampling=None, seeds=None, thinking_budget=None, enabl
 
   `sampling`, `thinking_budget` (of each turn, where the record thinks) and `enable_thinking` (a
   record's own comes first): one for all, or a list. Record i draws with the key (sampling.seed,
-  seeds[i]), i by default. After the turns that stop, environments step in threads, each within
+  seeds[i]), i by default. `sampling.max_tokens` counts what is drawn in all turns; what tools say
+  comes on top. After the turns that stop, environments step in threads, each within
   `deadline` seconds; what they say is applied in order, so that an episode depends on its record,
   settings and weights alone. An environment that raises or overruns, or a prompt that is too long,
   fails its own episode; a thread that overran is left behind. Raises ValueError for an environment
