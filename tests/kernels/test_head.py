@@ -72,7 +72,7 @@ def test_log_probabilities_in_chunks(monkeypatch, tokens):
   assert got[0].shape == (4, 10) and got[0].dtype == jnp.float32
 
 
-@pytest.mark.parametrize('tokens', [12, 16, 1000])
+@pytest.mark.parametrize('tokens', [12, 1000])
 def test_entropies_in_chunks(monkeypatch, tokens):
   monkeypatch.setattr(head, 'TOKENS', tokens)
   inputs = make_inputs()

@@ -1,6 +1,8 @@
 """Toy models and ragged batches for the tests of this folder."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 from qwen3_jax.data import packing
 from qwen3_jax.model import transformer
 from qwen3_jax.spec import Spec
+from qwen3_jax.training import advantage, policy
 
 COMMON = dict(layers=2, width=32, heads=4, kv_heads=2, mlp=48, vocab=96, head_width=8)
 
@@ -52,3 +55,40 @@ def draw_batch():
       rows.append(np.split(rng.integers(0, vocab, used), cuts))
     return packing.make_batch(rows, T)
   return draw
+
+
+@pytest.fixture
+def trl(request):
+  """Function from a variant of TRL's losses to (its numbers, its parameters).
+
+  The essential variants lie in fixtures/, all of them in ../shared.
+  """
+  def load(variant):
+    numbers = np.load(Path(__file__).parents[1] / 'fixtures' / 'policy.npz')
+    row = json.loads(str(numbers['variants'])).get(variant)
+    if row is None:
+      folder = request.getfixturevalue('golden') / 'loss'
+      numbers = np.load(folder / 'grpo.npz')
+      row = json.loads((folder / 'grpo_variants.json').read_text())[variant]
+    return numbers, row
+  return load
+
+
+@pytest.fixture(scope='session')
+def trl_batch():
+  """Function from what `trl` loads to (`Policy`, the batch of its objective, samples as rows)."""
+  kinds = {'bnpo': 'dapo'}
+
+  def make(numbers, row):
+    kind = 'gspo' if row['level'] == 'sequence' else kinds.get(row['loss_type'], row['loss_type'])
+    clip = dict(clip_low=row['lo'], clip_high=row['hi'])
+    clip = {'sapo': {}, 'cispo': dict(clip_low=1.0, clip_high=row['hi'] - 1)}.get(kind, clip)
+    settings = policy.Policy(kind, **clip, beta=row['beta'], dual_clip=row.get('delta'),
+                             kl='unbiased' if row.get('bias_kl') else 'k3')
+    mask = numbers['mask']
+    scale = advantage.aggregate(mask.sum(1), settings.aggregation, longest=row['max_len'])
+    old = dict(old_logp_BT=numbers['old_logp']) if row['use_old'] else {}
+    return settings, old | dict(
+      weight_BT=mask, scale_BT=scale[:, None] * mask, segment_BT=np.ones(mask.shape, np.int32),
+      advantage_BT=numbers['advantages'][:, None] * mask, reference_logp_BT=numbers['ref_logp'])
+  return make

@@ -10,8 +10,42 @@ import pytest
 
 from qwen3_jax.training import mismatch, policy
 
+TRL = ('grpo', 'grpo_onpolicy_old_none', 'grpo_kl_k3_beta0.04', 'grpo_clip_higher',
+       'grpo_delta1.5_two_sided', 'grpo_kl_biascorrected', 'bnpo', 'dapo_clip_higher',
+       'dapo_kl_beta0.02', 'dr_grpo', 'dr_grpo_kl', 'gspo_eps3e-4_4e-4', 'gspo_wide', 'gspo_kl',
+       'cispo_hi2', 'sapo')
 
-def tokens_by_sample(samples=5, length=7, vocab=6, seed=0):
+
+@pytest.mark.parametrize('variant', TRL)
+def test_values_and_gradients_are_trls(trl, trl_batch, variant):
+  numbers, row = trl(variant)
+  settings, batch = trl_batch(numbers, row)
+  logits, target = jnp.asarray(numbers['cur_logits'], jnp.float64), numbers['token_ids']
+  value, sums = evaluate(logits, target, batch, settings)
+  gradient = gradient_of(logits, target, batch, settings)
+  np.testing.assert_allclose(value, numbers[f'{variant}/loss'], atol=1e-6)
+  np.testing.assert_allclose(gradient, numbers[f'{variant}/grad_logits'], atol=1e-6)
+  values, mask = policy.report(sums), batch['weight_BT']
+  tokens, ratio = mask.sum(), numbers[f'{variant}/ratio']
+  kl = numbers['grpo_kl_k3_beta0.04/kl_k3']
+  for name, want in dict(
+      loss=value, entropy=(numbers['entropy'] * mask).sum() / tokens,
+      ratio=(ratio * mask).sum() / tokens, ratio_max=ratio[mask > 0].max(),
+      ratio_min=ratio[mask > 0].min(), kl_reference_k3=(kl * mask).sum() / tokens).items():
+    np.testing.assert_allclose(values[name], want, rtol=1e-5, err_msg=name)
+  if 'clip_low' in values and variant != 'cispo_hi2':  # there the cap alone is counted
+    clipped = (values['clip_low'] + values['clip_high']) * tokens
+    assert clipped == pytest.approx(row['clipped_tokens'])
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  """All of this file: differences are then exact, and every operation is compiled for one type."""
+  with jax.enable_x64(True):
+    yield
+
+
+def tokens_by_sample(samples=8, length=14, vocab=24, seed=0):
   """Logits (samples, length, vocab) of a policy and the batch of objective, in float64."""
   rng = np.random.default_rng(seed)
   logits = rng.normal(size=(samples, length, vocab))
@@ -56,39 +90,37 @@ SMOOTH = dict(
 @pytest.mark.parametrize('name', SMOOTH)
 def test_gradients_are_those_of_float64_differences(name):
   settings = policy.Policy(**SMOOTH[name])
-  with jax.enable_x64(True):
-    logits, target, batch = tokens_by_sample()
-    value = jax.jit(lambda x: evaluate(x, target, batch, settings)[0])
-    gradient = np.asarray(gradient_of(logits, target, batch, settings))
-    assert gradient.dtype == np.float64
-    rng, h = np.random.default_rng(1), 1e-5
-    for _ in range(3):
-      way = rng.normal(size=logits.shape)
-      at = {k: float(value(logits + k * h * way)) for k in (-2, -1, 1, 2)}
-      slope = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * h)
-      dot = float((gradient * way).sum())
-      assert abs(slope) > 1e-4 and abs(dot / slope - 1) < 1e-6, (slope, dot)
+  logits, target, batch = tokens_by_sample()
+  value = jax.jit(lambda x: evaluate(x, target, batch, settings)[0])
+  gradient = np.asarray(gradient_of(logits, target, batch, settings))
+  assert gradient.dtype == np.float64
+  rng, h = np.random.default_rng(1), 1e-5
+  for _ in range(3):
+    way = rng.normal(size=logits.shape)
+    at = {k: float(value(logits + k * h * way)) for k in (-2, -1, 1, 2)}
+    slope = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * h)
+    dot = float((gradient * way).sum())
+    assert abs(slope) > 1e-4 and abs(dot / slope - 1) < 1e-6, (slope, dot)
 
 
 def test_gspo_token_has_the_samples_ratio_and_the_tokens_own_advantage():
   """With one advantage a sample its gradient is GSPO's; else sum_t s A_t grad log pi_t."""
-  with jax.enable_x64(True):
-    logits, target, batch = tokens_by_sample()
-    wide = dict(clip_low=0.9, clip_high=9.0, correction=None)
-    plain = gradient_of(logits, target, batch, policy.Policy('gspo', **wide))
-    own = policy.Policy('gspo_token', **wide)
-    np.testing.assert_allclose(
-      gradient_of(logits, target, batch, own), plain, atol=1e-12)
-    varied = batch | dict(advantage_BT=np.random.default_rng(2).normal(size=target.shape))
-    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], -1)[..., 0]
-    gap = np.where(batch['weight_BT'] > 0, logp - batch['old_logp_BT'], 0)
-    s = np.exp(gap.sum(1) / batch['weight_BT'].sum(1))[:, None]
-    factor = s * varied['advantage_BT'] * batch['scale_BT']
-    def by_hand(x):
-      logp = jnp.take_along_axis(jax.nn.log_softmax(x), target[..., None], -1)[..., 0]
-      return -jnp.sum(factor * logp)
-    np.testing.assert_allclose(gradient_of(logits, target, varied, own),
-                               jax.grad(by_hand)(jnp.asarray(logits)), atol=1e-12)
+  logits, target, batch = tokens_by_sample()
+  wide = dict(clip_low=0.9, clip_high=9.0, correction=None)
+  plain = gradient_of(logits, target, batch, policy.Policy('gspo', **wide))
+  own = policy.Policy('gspo_token', **wide)
+  np.testing.assert_allclose(
+    gradient_of(logits, target, batch, own), plain, atol=1e-12)
+  varied = batch | dict(advantage_BT=np.random.default_rng(2).normal(size=target.shape))
+  logp = jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], -1)[..., 0]
+  gap = np.where(batch['weight_BT'] > 0, logp - batch['old_logp_BT'], 0)
+  s = np.exp(gap.sum(1) / batch['weight_BT'].sum(1))[:, None]
+  factor = s * varied['advantage_BT'] * batch['scale_BT']
+  def by_hand(x):
+    logp = jnp.take_along_axis(jax.nn.log_softmax(x), target[..., None], -1)[..., 0]
+    return -jnp.sum(factor * logp)
+  np.testing.assert_allclose(gradient_of(logits, target, varied, own),
+                             jax.grad(by_hand)(jnp.asarray(logits)), atol=1e-12)
 
 
 def test_cispo_bounds_a_tokens_weight_and_loses_no_gradient():
@@ -124,32 +156,30 @@ def test_which_estimate_of_the_divergence_is_good_as_a_loss():
 
   k3 has that of KL(ref || pi). k1 as a loss would have none: E[grad log pi] = 0.
   """
-  with jax.enable_x64(True):
-    theta, reference = np.array([0.3, -0.4, 0.8]), np.array([0.6, 0.3, 0.1])
-    def reverse(x):
-      p = jax.nn.softmax(x)
-      return jnp.sum(p * (jnp.log(p) - np.log(reference)))
-    def forward(x):
-      return jnp.sum(reference * (np.log(reference) - jax.nn.log_softmax(x)))
-    want = jax.grad(reverse)(jnp.asarray(theta))
-    other = jax.grad(forward)(jnp.asarray(theta))
-    assert np.abs(want).min() > 0.01 and np.abs(want - other).max() > 0.05
-    for kl in 'k1', 'k2', 'unbiased':
-      got = expected_gradient(theta, reference, kl=kl, beta=2.0)
-      np.testing.assert_allclose(got, 2 * want, atol=1e-9, err_msg=kl)
-    np.testing.assert_allclose(
-      expected_gradient(theta, reference, kl='k3', beta=2.0), 2 * other, atol=1e-9)
+  theta, reference = np.array([0.3, -0.4, 0.8]), np.array([0.6, 0.3, 0.1])
+  def reverse(x):
+    p = jax.nn.softmax(x)
+    return jnp.sum(p * (jnp.log(p) - np.log(reference)))
+  def forward(x):
+    return jnp.sum(reference * (np.log(reference) - jax.nn.log_softmax(x)))
+  want = jax.grad(reverse)(jnp.asarray(theta))
+  other = jax.grad(forward)(jnp.asarray(theta))
+  assert np.abs(want).min() > 0.01 and np.abs(want - other).max() > 0.05
+  for kl in 'k1', 'k2', 'unbiased':
+    got = expected_gradient(theta, reference, kl=kl, beta=2.0)
+    np.testing.assert_allclose(got, 2 * want, atol=1e-9, err_msg=kl)
+  np.testing.assert_allclose(
+    expected_gradient(theta, reference, kl='k3', beta=2.0), 2 * other, atol=1e-9)
 
 
 def test_a_penalty_that_no_action_changes_teaches_nothing():
   """The whole KL at a position, taken from the advantage of whatever is drawn there."""
-  with jax.enable_x64(True):
-    theta, reference = np.array([0.3, -0.4, 0.8]), np.array([0.6, 0.3, 0.1])
-    p = np.asarray(jax.nn.softmax(theta))
-    same = dict(advantage_BT=np.full((1, 3), -np.sum(p * np.log(p / reference))))
-    np.testing.assert_allclose(expected_gradient(theta, reference, batch=same), 0, atol=1e-12)
-    own = dict(advantage_BT=-np.log(p / reference)[None])
-    assert np.abs(expected_gradient(theta, reference, batch=own)).max() > 0.01
+  theta, reference = np.array([0.3, -0.4, 0.8]), np.array([0.6, 0.3, 0.1])
+  p = np.asarray(jax.nn.softmax(theta))
+  same = dict(advantage_BT=np.full((1, 3), -np.sum(p * np.log(p / reference))))
+  np.testing.assert_allclose(expected_gradient(theta, reference, batch=same), 0, atol=1e-12)
+  own = dict(advantage_BT=-np.log(p / reference)[None])
+  assert np.abs(expected_gradient(theta, reference, batch=own)).max() > 0.01
 
 
 def test_a_truncated_engine_shows_in_the_mean_ratio():
@@ -201,7 +231,7 @@ BESIDE = dict(gate=dict(kind='sapo'), kl=dict(beta=0.1), cov_penalty=dict(entrop
 
 @pytest.mark.parametrize('field', CHANGED)
 def test_every_setting_reaches_the_gradient(field):
-  logits, target, batch = tokens_by_sample(12)
+  logits, target, batch = tokens_by_sample()
   one, other = (gradient_of(
     logits, target, batch, policy.Policy(**BESIDE.get(field, {}) | {field: value}))
     for value in CHANGED[field])
