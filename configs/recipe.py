@@ -1,7 +1,7 @@
 """The recipe: the stages in order, each starting from the weights of the one before."""
 from ml_collections import ConfigDict
 
-STAGES = 's1', 's2', 's3', 'cold_start', 'fusion'
+STAGES = 's1', 's2', 's3', 'cold_start', 'reasoning_rl', 'fusion', 'general_rl'
 
 
 def get_config(arg):

@@ -20,7 +20,8 @@ REPO = Path(configs.__file__).resolve().parents[2]
 FILES = sorted(path.stem for path in (REPO / 'configs').glob('*.py'))
 PRETRAINING = 's1', 's2', 's3'
 POST_TRAINING = 'cold_start', 'fusion', 'reward_model', 'dpo'
-SIZED = (*PRETRAINING, *POST_TRAINING, 'recipe')
+REINFORCEMENT = 'reasoning_rl', 'general_rl'
+SIZED = (*PRETRAINING, *POST_TRAINING, *REINFORCEMENT, 'recipe')
 ARGUMENTS = dict(filter=('', 'cold_start', 'rl', 'text', 'chat', 'plain', 'rejection', 'synthetic',
                          'cold_start,tiny', 'rejection,tiny', 'plain,tiny'),
                  fuse=('', 'tiny'), mix=('', 'tiny', 'proxy'))
@@ -54,11 +55,12 @@ def test_each_file_builds_for_each_size(name, size):
       TOKENS[name], rel=0.01)
   elif base:  # what a released, post-trained size is, but for the ids that end a text
     assert spec == dataclasses.replace(RELEASED[size], stop_ids=spec.stop_ids)
-    assert config.epochs and not config.steps
+    assert name in REINFORCEMENT or config.epochs and not config.steps
   else:
     assert spec.parameters() < 4e6 and bool(spec.experts) == (size == 'tiny,moe')
   assert config.data.length <= spec.max_position
-  assert (config.balance is None) == (config.router_z is None) == (not spec.experts)
+  routed = spec.experts and name not in REINFORCEMENT  # there routing is replayed, not taught
+  assert (config.balance is None) == (config.router_z is None) == (not routed)
   o, steps = config.optim, config.steps or 1000
   rate = optim.schedule(o.schedule, o.peak_lr, steps, o.warmup, o.final, o.decay)
   assert 0 < rate(steps) <= rate(o.warmup) <= o.peak_lr * 1.001

@@ -31,7 +31,7 @@ METHODS = {'pretrain': 'qwen3_jax.stages.pretrain', 'sft': 'qwen3_jax.stages.sft
 
 # What a run that is continued may change: how far, how often, on which machine; not what it learns.
 FREE = ('steps', 'epochs', 'save_every', 'keep', 'evaluate_every', 'mesh', 'remat', 'micro_batches',
-        'measure', 'measure_reward', 'parity')
+        'micro_rows', 'measure', 'measure_reward', 'parity')
 
 
 def add_arguments(parser):

@@ -118,6 +118,8 @@ def reinforcement(stage, arg, **own):
   small, sparse = config.model.layers == 4, bool(config.model.experts)
   config.method, config.model.rope_theta = 'rl', 1e6
   config.balance = config.router_z = None  # routing is replayed, not taught
+  del config.micro_batches  # an update has as many rows as its answers fill; these are run at once:
+  config.micro_rows = None if small else 16
   config.reference = None  # of the KL term; None: init
   config.policy = dict(kind='gspo' if sparse else 'dapo', clip_low=None, clip_high=None,
                        dual_clip=None, beta=0.0, kl='unbiased', correction='token_tis',
@@ -152,7 +154,7 @@ def reinforcement(stage, arg, **own):
     config.engine.rows, config.rewards.workers = 256, 2
     config.parity.update(dict(every=10, mean=1e-4, kl=1e-4))
     config.measure_reward = dict(prompts=128, samples=2)
-    config.data.length, config.data.batch = 256, 8
+    config.data.length, config.data.batch = 256, 16
     config.steps, config.save_every, config.evaluate_every = 80, 20, 20
     config.optim.update(dict(peak_lr=3e-4, warmup=4))
   for name, values in own.items():

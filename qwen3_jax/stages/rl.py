@@ -50,7 +50,7 @@ def run(config, workdir, tokenizer):
       values=trainer_values(config, settings, dtype),
       reference=reference_values(config, spec, settings, dtype, mesh))
   return stage.train(config, workdir, spec=spec, loss=loss, open_loader=open_experience,
-                     report=policy.report, micro_rows=config.data.batch, mesh=train_mesh)
+                     report=policy.report, micro_rows=config.micro_rows, mesh=train_mesh)
 
 
 def check(config, spec, settings):
@@ -82,6 +82,9 @@ def check(config, spec, settings):
   elif r.replay not in (None, 'engine', 'trainer') or r.replay and not spec.experts:
     wrong = (f"config.rollout.replay is {r.replay!r}; want 'engine' (R3) or 'trainer' (R2) for a "
              'mixture of experts, None for a dense model')
+  elif config.micro_rows and config.data.batch % config.micro_rows:
+    wrong = (f'config.data.batch is {config.data.batch}: rows come in multiples of it, so it must '
+             f'be one of config.micro_rows ({config.micro_rows})')
   elif config.save_every and config.save_every % r.updates and r.updates > 1:
     wrong = (f'config.save_every is {config.save_every}; take a multiple of config.rollout.updates '
              f'({r.updates}), so that no batch waits while a checkpoint is written')

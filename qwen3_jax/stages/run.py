@@ -54,7 +54,8 @@ def train(config, workdir, *, spec, loss, open_loader, heldout=None, make=transf
       state = first_state(config, spec, optimizer, mesh, make, restore)
     else:
       state = resume(config, spec, optimizer, mesh, make, checkpoints, loader)
-    step = training.make_step(loss, optimizer, rate, config.micro_batches, report, micro_rows)
+    step = training.make_step(loss, optimizer, rate, config.get('micro_batches', 1), report,
+                              micro_rows)
     out = jax.tree.map(lambda x: x.sharding, state), None
     compiled = jax.jit(step, donate_argnums=0, out_shardings=out)
 
