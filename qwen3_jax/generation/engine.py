@@ -88,9 +88,6 @@ class Engine:
   def steps(self, requests, respond=None):
     """`run`, a chunk at a time: yields {index: more of its text}, returns the outputs."""
     texts, outputs = self._open(requests), [None] * len(requests)
-    self.settings = Settings.make([request.sampling for request in requests],
-                                  [request.seed for request in requests], self.tokenizer.size)
-    self.stops = max([4, *(len(text.stops) for text in texts)])
     pages = [Pages(self.count, self.page, self.share) for _ in range(self.shards)]
     schedule = Scheduler(texts, pages, self.rows, self.chunk, None if self.fixed else self._grow)
     self.pages = pages
@@ -112,6 +109,29 @@ class Engine:
     positions = self.decoder.model.spec.max_position
     return (min(positions, (self.count - 1) * self.page) if self.fixed else positions) - 1
 
+  def warm(self, longest, request=None):
+    """Compiles every call that texts of up to `longest` tokens, prompt and answer, can need.
+
+    `request` is one like those to come: they compile anew where filters, penalties, greedy rows or
+    thinking budgets differ. Pages are those given at the start (without a number they still grow).
+    """
+    self._open([request or Request([0])])
+    columns = sorted({self._columns([n]) for n in range(longest + 1)})
+    self._make_pool()
+    for B in self._sizes(2):
+      for C in columns[1:]:
+        tables = self._tables([], [], B, C, (self.chunk + self.page - 2) // self.page + 1)
+        self.pool, *_ = decode(self.decoder, self.pool, self._rows([], [], B), *tables, np.int32(1),
+                               np.int32(1), self.chunk, self.with_routes, self.paged)
+    for T in sorted({piece(n) for n in range(1, longest + 1)}):
+      most = next(B for B in self._sizes(4) if B >= min(self.rows, TOKENS // T) * self.shards)
+      for B in (B for B in self._sizes(4) if B <= most):
+        for C in columns:
+          none = np.zeros(B, np.int32)
+          tables = self._tables([], [], B, C, (T + self.page - 2) // self.page + 1)
+          self.pool, _ = prefill(self.decoder, self.pool, np.zeros((B, T), np.int32), none, none,
+                                 *tables, self.with_routes)
+
   def _open(self, requests):
     """Rows of the requests; ValueError for one that cannot be run."""
     for index, request in enumerate(requests):
@@ -131,6 +151,9 @@ class Engine:
       texts[-1].progress = self._begin(request.prompt)
       if request.sampling.presence_penalty:
         texts[-1].seen = np.zeros(self.decoder.model.spec.vocab, bool)
+    self.settings = Settings.make([request.sampling for request in requests],
+                                  [request.seed for request in requests], self.tokenizer.size)
+    self.stops = max([4, *(len(text.stops) for text in texts)])
     return texts
 
   def _begin(self, ids):
@@ -163,8 +186,7 @@ class Engine:
   def _alike(self, todo):
     """The texts among `todo` that are prefilled in one call with the first of them."""
     def sizes(text):
-      tokens = min(len(text.ids) - 1 - text.cached, PIECE)
-      return 32 << max(0, (tokens - 1) // 32).bit_length(), self._columns([text.cached])
+      return piece(len(text.ids) - 1 - text.cached), self._columns([text.cached])
     T, _ = wanted = sizes(todo[0])
     alike = [[] for _ in range(self.shards)]
     for text in todo:
@@ -206,14 +228,17 @@ class Engine:
     inside = [0] * self.shards
     for text in texts:
       inside[text.shard] += 1
-    size = 1
-    while size < max(inside):
-      size *= factor
-    size, seen, place = min(size, self.rows), [0] * self.shards, []
+    size = next(B // self.shards for B in self._sizes(factor) if B >= max(inside) * self.shards)
+    seen, place = [0] * self.shards, []
     for text in texts:
       place.append(text.shard * size + seen[text.shard])
       seen[text.shard] += 1
     return place, size * self.shards
+
+  def _sizes(self, factor):
+    """Rows that a call may have."""
+    sizes = [factor ** i for i in range(self.rows.bit_length()) if factor ** i < self.rows]
+    return [size * self.shards for size in (*sizes, self.rows)]
 
   def _tables(self, place, texts, B, C, W):
     """Pages to read (B, C), and to write from the first that is not full (B, W)."""
@@ -250,18 +275,19 @@ class Engine:
 
   def _rows(self, place, texts, B):
     """What `decode` reads of the texts; rows without one are not alive."""
-    which = np.zeros(B, np.int32)
-    which[place] = [text.index for text in texts]
-    def column(values, dtype=np.int32, fill=0):
-      x = np.full((B, *np.shape(values)[1:]), fill, dtype)
-      x[place] = values
+    def column(values, dtype=np.int32, width=()):
+      x = np.zeros((B, *width), dtype)
+      if place:
+        x[place] = values
       return x
+    which = column([text.index for text in texts])
     closing = column([text.closing for text in texts], bool)
-    stop_BJ = column([text.stops + (-1,) * (self.stops - len(text.stops)) for text in texts])
+    stop_BJ = column([text.stops + (-1,) * (self.stops - len(text.stops)) for text in texts],
+                     width=(self.stops,))
     budget = progress = seen_BV = None
     if self.budget is not None:
       budget = self.budget.replace(limit_B=self.budget.limit_B[which])
-      progress = thinking.Progress(*column([text.progress for text in texts]).T.copy())
+      progress = thinking.Progress(*column([text.progress for text in texts], width=(3,)).T.copy())
     if self.settings.penalised:
       seen_BV = np.zeros((B, self.decoder.model.spec.vocab), bool)
       for b, text in zip(place, texts):
@@ -289,6 +315,11 @@ class Engine:
       text.append(list(ids), self._begin(ids))
       over.remove(text)
     return over
+
+
+def piece(tokens):
+  """Columns of the call that prefills so many tokens, or the first of them."""
+  return min(PIECE, 32 << max(0, (tokens - 1) // 32).bit_length())
 
 
 def round_up(n, least=16):

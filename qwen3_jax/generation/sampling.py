@@ -54,6 +54,9 @@ class Settings:
   seed_BJ: jax.Array  # two numbers of 32 bits: the sampling's seed, the row's
   size: int = struct.field(pytree_node=False)  # ids from here on are never drawn
   greedy: bool = struct.field(pytree_node=False)  # every row
+  mixed: bool = struct.field(pytree_node=False)  # some rows are greedy, some not
+  tempered: bool = struct.field(pytree_node=False)  # a temperature is neither 0 nor 1
+  floored: bool = struct.field(pytree_node=False)  # a min_p is set
   width: int | None = struct.field(pytree_node=False)  # candidates that are sorted; None: no sort
   penalised: bool = struct.field(pytree_node=False)
 
@@ -74,7 +77,9 @@ class Settings:
     return cls(column('temperature', 0), column('top_k', size, np.int32), column('top_p', 1),
                column('min_p', 0), column('presence_penalty', 0),
                np.array([(row.seed, seed) for row, seed in zip(rows, seeds)], np.uint32),
-               size, not drawn, width, any(row.presence_penalty for row in rows))
+               size, not drawn, 0 < len(drawn) < len(rows),
+               any(row.temperature != 1 for row in drawn), any(row.min_p for row in drawn), width,
+               any(row.presence_penalty for row in rows))
 
 
 def sample(logits_BV, settings, count_B, seen_BV=None):
@@ -90,13 +95,14 @@ def sample(logits_BV, settings, count_B, seen_BV=None):
     drawable_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < settings.size, logits_BV, NEVER)
   if settings.penalised:
     drawable_BV = drawable_BV - settings.presence_B[:, None] * seen_BV
-  best_B = argmax(drawable_BV)
   if settings.greedy:
-    token_B, logp_B = best_B, jnp.zeros(best_B.shape, jnp.float32)
+    token_B, logp_B = argmax(drawable_BV), jnp.zeros(len(logits_BV), jnp.float32)
   else:
     token_B, logp_B = _draw(drawable_BV, settings, count_B)
+  if settings.mixed:
     hot_B = settings.temperature_B > 0
-    token_B, logp_B = jnp.where(hot_B, token_B, best_B), jnp.where(hot_B, logp_B, 0.0)
+    token_B = jnp.where(hot_B, token_B, argmax(drawable_BV))
+    logp_B = jnp.where(hot_B, logp_B, 0.0)
   return token_B, logp_B, logp_of(logits_BV, token_B)
 
 
@@ -115,8 +121,9 @@ def logp_of(logits_BV, token_B):
 
 def _draw(logits_BV, settings, count_B):
   """Gumbel-max over the kept candidates C; sorted by falling logit where a filter needs it."""
-  temperature_B1 = jnp.where(settings.temperature_B > 0, settings.temperature_B, 1)[:, None]
-  logits_BC, id_BC = logits_BV / temperature_B1, None
+  logits_BC, id_BC = logits_BV, None
+  if settings.tempered:
+    logits_BC /= jnp.where(settings.temperature_B > 0, settings.temperature_B, 1)[:, None]
   if settings.width:
     logits_BC, id_BC = jax.lax.top_k(logits_BC, settings.width)
     kept_BC = jnp.arange(settings.width) < settings.top_k_B[:, None]
@@ -124,11 +131,11 @@ def _draw(logits_BV, settings, count_B):
     before_BC = jnp.cumsum(p_BC, axis=-1) - p_BC
     kept_BC &= (before_BC < settings.top_p_B[:, None]) | (settings.top_p_B >= 1)[:, None]
     logits_BC = jnp.where(kept_BC, logits_BC, NEVER)
-  floor_B1 = logits_BC.max(-1, keepdims=True) + jnp.log(settings.min_p_B)[:, None]
-  logits_BC = jnp.where(logits_BC >= floor_B1, logits_BC, NEVER)
-  noise_BC = _gumbel(settings.seed_BJ, count_B, jnp.arange(logits_BC.shape[1]) if id_BC is None
-                     else id_BC)
-  place_B = argmax(jnp.where(logits_BC > NEVER, logits_BC + noise_BC, NEVER))
+  if settings.floored:
+    floor_B1 = logits_BC.max(-1, keepdims=True) + jnp.log(settings.min_p_B)[:, None]
+    logits_BC = jnp.where(logits_BC >= floor_B1, logits_BC, NEVER)
+  every_BC = jnp.arange(logits_BC.shape[1])[None] if id_BC is None else id_BC
+  place_B = argmax(logits_BC + _gumbel(settings.seed_BJ, count_B, every_BC))  # NEVER: still never
   token_B = place_B if id_BC is None else jnp.take_along_axis(id_BC, place_B[:, None], 1)[:, 0]
   return token_B, logp_of(logits_BC, place_B)
 

@@ -144,10 +144,10 @@ def test_a_second_batch_of_like_sizes_compiles_nothing(model, tokenizer):
   row = dataclasses.replace(SHORT, max_tokens=40)
   decoder = engine.prepare(model)
   engine.generate(decoder, tokenizer, PROMPTS, row)
-  functions = (engine.prefill, engine.decode, engine.grow)
+  functions = (engine.prefill, engine.decode, engine.grow, engine.make_pool)
   before = [f._cache_size() for f in functions]
-  other = [[7] * 23, [8], [9] * 17, [10] * 5, [11], [12] * 24]
-  engine.generate(decoder, tokenizer, other, dataclasses.replace(row, max_tokens=35, stop_ids=(1,)))
+  other = [[7] * 19, [8], [9] * 17, [10] * 5, [11]]
+  engine.generate(decoder, tokenizer, other, dataclasses.replace(row, max_tokens=35))
   assert [f._cache_size() for f in functions] == before
 
 
