@@ -18,6 +18,8 @@ from qwen3_jax import mesh as alphabet
 TOKENS = 1024  # tokens of one chunk on one device
 UNROLLED = 4  # chunks; fewer are no loop (XLA:CPU runs a loop's body on one thread)
 
+NEVER = -1e30  # finite: 0 * log 0 is then 0
+
 
 @jax.custom_vjp
 def cross_entropy(hidden_BTD, head_VD, target_BT, weight_BT):
@@ -42,35 +44,36 @@ def _backward(saved, ct):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def token_logp(hidden_BTD, head_VD, target_BT, temperature=1.0):
+def token_logp(hidden_BTD, head_VD, target_BT, temperature=1.0, size=None):
   """log softmax(head hidden / temperature)[target] of every token, float32 (B, T).
 
-  Sharded as `cross_entropy`. `temperature` is a plain number.
+  Sharded as `cross_entropy`. `temperature` is a plain number. With `size`, the ids from there on
+  are in no softmax: rows of the head that the tokenizer has no token for, and nobody can draw.
   """
-  return _values(hidden_BTD, head_VD, target_BT, temperature, False)[0]
+  return _values(hidden_BTD, head_VD, target_BT, temperature, size, False)[0]
 
 
-def token_entropy(hidden_BTD, head_VD, target_BT, temperature=1.0):
+def token_entropy(hidden_BTD, head_VD, target_BT, temperature=1.0, size=None):
   """`token_logp`, and the entropy of softmax(head hidden / temperature) in nats: two (B, T).
 
   An entropy of which no gradient is taken costs nothing in the backward pass.
   """
-  return _values(hidden_BTD, head_VD, target_BT, temperature, True)
+  return _values(hidden_BTD, head_VD, target_BT, temperature, size, True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _values(hidden_BTD, head_VD, target_BT, temperature, entropy):
-  local = functools.partial(_local_values, temperature=temperature, entropy=entropy)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _values(hidden_BTD, head_VD, target_BT, temperature, size, entropy):
+  local = functools.partial(_local_values, temperature=temperature, size=size, entropy=entropy)
   return _sharded(local, lambda scalar, rows, *_: (rows,) * (1 + entropy),
                   hidden_BTD, head_VD, target_BT)
 
 
-def _values_forward(hidden_BTD, head_VD, target_BT, temperature, entropy):
+def _values_forward(hidden_BTD, head_VD, target_BT, temperature, size, entropy):
   inputs = [x.value for x in (hidden_BTD, head_VD, target_BT)]
-  return _values(*inputs, temperature, entropy), inputs
+  return _values(*inputs, temperature, size, entropy), inputs
 
 
-def _values_backward(temperature, _, inputs, cotangents):
+def _values_backward(temperature, size, _, inputs, cotangents):
   """The gradient of sum(ct * logp) + sum(ct * entropy): a cross-entropy of weights -ct, and more.
 
   A cotangent that is zero by construction arrives as a `SymbolicZero`, and is left out.
@@ -80,7 +83,7 @@ def _values_backward(temperature, _, inputs, cotangents):
   if isinstance(ct_BT, zero):
     ct_BT = jnp.zeros(ct_BT.shape, ct_BT.dtype)
   ct_entropy = [ct for ct in ct_entropy if not isinstance(ct, zero)]
-  local = functools.partial(_local, gradients=True, temperature=temperature)
+  local = functools.partial(_local, gradients=True, temperature=temperature, size=size)
   _, (d_hidden, d_head) = _sharded(local, lambda scalar, rows, *weights: (scalar, weights),
                                    *inputs, -ct_BT, *ct_entropy)
   return d_hidden, d_head, None
@@ -110,7 +113,7 @@ def _sharded(local, layout, hidden_BTD, head_VD, *of_tokens):
 
 
 def _local(hidden_BTD, head_VD, target_BT, weight_BT, *bonus, gradients=False, temperature=1.0,
-           vocab_axes=(), width_axes=(), token_axes=()):
+           size=None, vocab_axes=(), width_axes=(), token_axes=()):
   """One device's tokens against its rows of the head; sums over the named mesh axes.
 
   With `gradients`: (loss, (d_hidden, d_head)), else the loss. `bonus` (B, T), if there is one,
@@ -120,7 +123,7 @@ def _local(hidden_BTD, head_VD, target_BT, weight_BT, *bonus, gradients=False, t
   dtype = head_VD.dtype
   head_VD, first = _gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
   step = functools.partial(_chunk, head_VD=head_VD, first=first, vocab_axes=vocab_axes,
-                           gradients=gradients, temperature=temperature)
+                           gradients=gradients, temperature=temperature, size=size)
   chunks = [_in_chunks(x) for x in (hidden_BTD, target_BT, weight_BT, *bonus)]
   scan = functools.partial(jax.lax.scan, unroll=len(chunks[0]) <= UNROLLED)
   total = jnp.zeros((), jnp.float32)
@@ -142,13 +145,14 @@ def _local(hidden_BTD, head_VD, target_BT, weight_BT, *bonus, gradients=False, t
   return total, (d_hidden, d_head.astype(dtype))
 
 
-def _local_values(hidden_BTD, head_VD, target_BT, temperature, entropy, vocab_axes=(),
+def _local_values(hidden_BTD, head_VD, target_BT, temperature, size, entropy, vocab_axes=(),
                   width_axes=(), token_axes=()):
   """One device's log-probabilities (B, T), and with `entropy` its entropies."""
   head_VD, first = _gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
 
   def visit(_, chunk):
-    _, lse_M, logit_M, _, entropy_M = _softmax(*chunk, head_VD, first, vocab_axes, temperature)
+    _, lse_M, logit_M, _, entropy_M = _softmax(*chunk, head_VD, first, vocab_axes, temperature,
+                                               size)
     return None, (logit_M - lse_M, entropy_M)[:1 + entropy]
   chunks = _in_chunks(hidden_BTD), _in_chunks(target_BT)
   _, values = jax.lax.scan(visit, None, chunks, unroll=len(chunks[0]) <= UNROLLED)
@@ -181,10 +185,10 @@ def _from_chunks(x, B, T):
 
 
 def _chunk(hidden_MD, target_M, weight_M, bonus_M=None, *, head_VD, first, vocab_axes, gradients,
-           temperature):
+           temperature, size):
   """Loss of one chunk and, with `gradients`, its gradients (and those of bonus * entropy)."""
   logits_MV, lse_M, logit_M, hit_MV, entropy_M = _softmax(hidden_MD, target_M, head_VD, first,
-                                                          vocab_axes, temperature)
+                                                          vocab_axes, temperature, size)
   loss = jnp.sum(weight_M * (lse_M - logit_M))
   if not gradients:
     return loss, None, None
@@ -198,9 +202,11 @@ def _chunk(hidden_MD, target_M, weight_M, bonus_M=None, *, head_VD, first, vocab
   return loss, d_hidden.astype(hidden_MD.dtype), _dot('MV,MD->VD', d_MV, hidden_MD)
 
 
-def _softmax(hidden_MD, target_M, head_VD, first, vocab_axes, temperature):
+def _softmax(hidden_MD, target_M, head_VD, first, vocab_axes, temperature, size):
   """Logits on this shard of V; of all shards log-sum-exp, target's logit; where it is; entropy."""
   logits_MV = _dot('MD,VD->MV', hidden_MD, head_VD) / temperature
+  if size is not None:
+    logits_MV = jnp.where(first + jnp.arange(head_VD.shape[0]) < size, logits_MV, NEVER)
   top_M = logits_MV.max(-1)
   top_M = jax.lax.pmax(top_M, vocab_axes) if vocab_axes else top_M
   below_MV = logits_MV - top_M[:, None]

@@ -27,14 +27,15 @@ def cross_entropy(hidden_BTD, head_VD, target_BT, weight_BT):
   return -jnp.sum(weight_BT * token_logp(hidden_BTD, head_VD, target_BT))
 
 
-def token_logp(hidden_BTD, head_VD, target_BT, temperature=1.0):
-  """log softmax(head hidden / temperature)[target] of every token, float32 (B, T)."""
-  return token_entropy(hidden_BTD, head_VD, target_BT, temperature)[0]
+def token_logp(hidden_BTD, head_VD, target_BT, temperature=1.0, size=None):
+  """log softmax(head hidden / temperature)[target] of every token, over the first `size` ids."""
+  return token_entropy(hidden_BTD, head_VD, target_BT, temperature, size)[0]
 
 
-def token_entropy(hidden_BTD, head_VD, target_BT, temperature=1.0):
+def token_entropy(hidden_BTD, head_VD, target_BT, temperature=1.0, size=None):
   """`token_logp`, and the entropy -sum p log p of the same distribution, float32 (B, T) both."""
-  logits_BTV = jnp.einsum('BTD,VD->BTV', hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+  logits_BTV = jnp.einsum('BTD,VD->BTV', hidden_BTD, head_VD[:size],
+                          preferred_element_type=jnp.float32)
   logp_BTV = jax.nn.log_softmax(logits_BTV / temperature, axis=-1)
   entropy_BT = -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)
   return jnp.take_along_axis(logp_BTV, target_BT[..., None], -1)[..., 0], entropy_BT

@@ -105,17 +105,19 @@ def _one_of(name, value, wanted):
     raise ValueError(f'{name} is {value!r}; it must be one of {", ".join(map(str, wanted))}')
 
 
-def loss(params, batch, settings, *, remat='none', dtype=None, balance=0.0, router_z=0.0):
+def loss(params, batch, settings, *, size=None, remat='none', dtype=None, balance=0.0,
+         router_z=0.0):
   """This batch's share of the policy loss, and sums for `report` (see `losses.next_token`).
 
   `batch` holds tokens_BT, segment_BT, position_BT; weight_BT (1: drawn by the model, trained),
   scale_BT, advantage_BT. What it may hold: old_logp_BT (without it every update is on-policy) and
   fresh_B (1: this row's pi_old is the policy as it is now); rollout_logp_BT (engine); of the
   reference reference_logp_BT; routes_BTLX, replayed; bonus_B; covariance_BT.
+  `size`: how many ids the tokenizer has, if the engine draws from these and the head has more rows.
   Raises ValueError if something is lacking that `settings` need.
   """
   out = forward(params, batch, remat, dtype)
-  logp_BT, entropy_BT = _values(params, out, batch, settings.temperature)
+  logp_BT, entropy_BT = _values(params, out, batch, settings.temperature, size)
   share, sums = objective(logp_BT, entropy_BT, batch, settings)
   term, more = expert_terms(out, batch, balance, router_z)
   return share + term, sums | jax.lax.stop_gradient(more)
@@ -130,7 +132,7 @@ def forward(params, batch, remat='none', dtype=None):
                 remat=remat, dtype=dtype)
 
 
-def token_values(params, batch, *, temperature=1.0, remat='none', dtype=None):
+def token_values(params, batch, *, temperature=1.0, size=None, remat='none', dtype=None):
   """(log-probability, entropy in nats) of each token at its own place (B, T), and the routes.
 
   For old and reference log-probabilities, as `loss` has them: 0 where weight_BT is 0. The routes
@@ -138,7 +140,7 @@ def token_values(params, batch, *, temperature=1.0, remat='none', dtype=None):
   """
   out = forward(params, batch, remat, dtype)
   logp_BT, entropy_BT = (jnp.where(batch['weight_BT'] > 0, x, 0)
-                         for x in _values(params, out, batch, temperature))
+                         for x in _values(params, out, batch, temperature, size))
   return logp_BT, entropy_BT, out.routes
 
 
@@ -159,9 +161,9 @@ def route_agreement(params, batch, *, dtype=None):
   return dict(equal_L=mean(common == 1), overlap_L=mean(common))
 
 
-def _values(params, out, batch, temperature):
+def _values(params, out, batch, temperature, size):
   target_BT = jnp.roll(batch['tokens_BT'], -1, axis=1)
-  values = head.token_entropy(out.hidden_BTD, params.head(), target_BT, temperature)
+  values = head.token_entropy(out.hidden_BTD, params.head(), target_BT, temperature, size)
   return [jnp.roll(x, 1, axis=1) for x in values]  # a segment's first token has weight 0
 
 
