@@ -69,7 +69,7 @@ def _open_generated(name, options, split):
     key, _, value = option.partition('=')
     if key == 'thinking' and value in ('on', 'off', 'mixed'):
       thinking = value
-    elif key == 'thinking' or key in ('kinds', 'short') and name != 'tasks':
+    elif key == 'thinking' or key == 'kinds' and name != 'tasks':
       raise ValueError(f'{name} option {option!r}: wanted difficulty=1-5, size=N, seed=N or '
                        'thinking=on, off or mixed, separated by commas')
     else:

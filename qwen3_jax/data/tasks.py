@@ -60,14 +60,11 @@ class TaskSource:
   """Documents of generated tasks by index; `tasks[i]` is the Task, `source[i]` its text.
 
   No question of a held-out source is in any training source, whatever their seeds: a question is
-  held out by its hash, and each index is drawn again until it falls on its own side. A share of
-  `short` has only the last of its steps, as of someone who does the others in the head.
+  held out by its hash, and each index is drawn again until it falls on its own side.
   """
 
-  def __init__(self, seed=0, size=1_000_000, kinds=None, difficulty=(1, 5), split=None, short=0.0):
+  def __init__(self, seed=0, size=1_000_000, kinds=None, difficulty=(1, 5), split=None):
     low, high = difficulty
-    if not 0 <= short <= 1:
-      raise ValueError(f'short is a share of the tasks, from 0 to 1; got {short}')
     if not (1 <= low <= high <= 5 and size > 0):
       raise ValueError(f'tasks need a positive size and a difficulty from 1 to 5, got size {size}, '
                        f'difficulty {difficulty}')
@@ -76,8 +73,7 @@ class TaskSource:
       raise ValueError(f'no kind of task {sorted(unknown)}; there are: {", ".join(KINDS)}')
     self.seed, self.size, self.difficulty, self.split = seed, size, (low, high), split
     self.name = f'tasks:{split}' if split else 'tasks'
-    self.short = short
-    self.fingerprint = f'{seed} {",".join(self.kinds)} {low}-{high}' + f' {short}' * bool(short)
+    self.fingerprint = f'{seed} {",".join(self.kinds)} {low}-{high}'
 
   def __len__(self):
     return self.size
@@ -93,8 +89,6 @@ class TaskSource:
     for _ in range(10_000):
       made = task(rng.choice(self.kinds), rng.getrandbits(48), rng.randint(*self.difficulty))
       if self.split is None or is_heldout(made.question) == (self.split == 'heldout'):
-        if self.short and rng.random() < self.short:
-          return dataclasses.replace(made, steps=made.steps[-1:])
         return made
     raise ValueError(f'tasks of {self.kinds} at difficulty {self.difficulty} have no {self.split} '
                      'questions; allow more kinds or difficulties')
@@ -113,11 +107,9 @@ def open_tasks(options, split=None):
         values[key] = int(low), int(high or low)
       elif key in ('size', 'seed'):
         values[key] = int(value)
-      elif key == 'short':
-        values[key] = float(value)
       else:
         raise ValueError
     except ValueError:
-      raise ValueError(f'tasks option {option!r}: wanted kinds=A+B, difficulty=1-5, size=N, seed=N '
-                       'or short=SHARE, separated by commas') from None
+      raise ValueError(f'tasks option {option!r}: wanted kinds=A+B, difficulty=1-5, size=N or '
+                       'seed=N, separated by commas') from None
   return TaskSource(**values, split=split)

@@ -110,10 +110,16 @@ def used_questions(names):
 
 
 def heldout_prompts(config):
-  """`measure_reward.prompts` held-out records, from all sources alike, each question once."""
+  """`measure_reward.prompts` held-out records, from all sources alike, each question once.
+
+  Of files that are trained on it is their held-out part, of others all.
+  """
   names, found = config.data.heldout or (), {}
+  trained = [name for name, _ in pretrain.source_shares(config)]
   for name in names:
-    source, own = open_prompts(name, 'heldout'), {}
+    generated = name.partition(':')[0] in ('tasks', 'gym', 'episodes', *queries.GENERATORS)
+    source = open_prompts(name, 'heldout' if generated or name in trained else None)
+    own = {}
     for i in range(min(len(source), 20 * config.measure_reward.prompts)):
       record = source[i]
       own.setdefault(key(record), record)

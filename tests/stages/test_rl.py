@@ -22,12 +22,13 @@ MOE = dict(model__experts=4, model__chosen=2, model__expert_mlp=16)
 @pytest.fixture(scope='module')
 def prompts(tmp_path_factory):
   """Questions of which a random model gets some right: a short answer is worth more."""
-  path = tmp_path_factory.mktemp('prompts') / 'prompts.jsonl'
-  path.write_text(''.join(json.dumps(dict(
-    messages=[dict(role='user', content=f'cat {i} sat on {i % 7} hills' + ' and ran' * (i % 5))],
-    source='short', id=str(i), enable_thinking=False, verifiers=dict(length=1.0),
-    limit=dict(unit='characters', max=20, slope=60))) + '\n' for i in range(60)))
-  return path
+  folder = tmp_path_factory.mktemp('prompts')
+  for name, numbers in (('prompts', range(60)), ('heldout', range(60, 72))):
+    (folder / f'{name}.jsonl').write_text(''.join(json.dumps(dict(
+      messages=[dict(role='user', content=f'cat {i} sat on {i % 7} hills' + ' and ran' * (i % 5))],
+      source='short', id=str(i), enable_thinking=False, verifiers=dict(length=1.0),
+      limit=dict(unit='characters', max=20, slope=60))) + '\n' for i in numbers))
+  return folder
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +44,8 @@ def settings(smallest, prompts, tmp_path_factory):
         steps=3, data__heldout=(), evaluate_every=None, **size))
       assert train.train(config, epath.Path(made[moe])) == 0
     own = dict(
-      init=str(made[moe]), data__sources=((str(prompts), 1.0),), data__heldout=(str(prompts),),
+      init=str(made[moe]), data__sources=((str(prompts / 'prompts.jsonl'), 1.0),),
+      data__heldout=(str(prompts / 'heldout.jsonl'),),
       data__length=96, data__batch=8, rollout__prompts=6, rollout__samples=4, rollout__updates=2,
       rollout__max_tokens=32, engine__rows=16, measure_reward__prompts=8, steps=STEPS,
       save_every=4, evaluate_every=8, optim__peak_lr=0.003, optim__warmup=1, parity__every=2)
