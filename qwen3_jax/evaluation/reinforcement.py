@@ -12,8 +12,8 @@ def write_rewards(stages, title):
   if not found:
     return ''
   rows = [_row(stage, title(stage)) for stage in found]
-  table = write_table(('Stage', 'Reward before', 'after', 'Entropy before', 'after', 'Tokens before',
-                       'after'), rows)
+  table = write_table(('Stage', 'Reward before', 'after', 'Entropy before', 'after',
+                       'Tokens before', 'after'), rows)
   charts = '\n'.join(_write_charts(stage, title(stage)) for stage in found)
   return ('<section><h2>Reinforcement learning</h2><p class="soft">Mean reward of answers drawn at '
           'temperature 1 to held-out prompts, with 95 % intervals; nats of entropy a token and '
