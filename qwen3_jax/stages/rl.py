@@ -33,8 +33,8 @@ def run(config, workdir, tokenizer):
     return transformer.cast(params, dtype) if dtype != jnp.float32 else params
 
   def loss(params, batch):
-    return policy.loss(cast(params), batch, settings, remat=config.remat, dtype=dtype,
-                       balance=config.balance or 0.0, router_z=config.router_z or 0.0)
+    return policy.loss(cast(params), batch, settings, size=tokenizer.size, remat=config.remat,
+                       dtype=dtype, balance=config.balance or 0.0, router_z=config.router_z or 0.0)
 
   p, shape = config.placement, {axis: size for axis, size in config.mesh.items() if size}
   train_mesh, rollout_mesh = placement.place(p.kind, p.fraction, p.slices, shape, p.rollout_mesh)
@@ -47,8 +47,8 @@ def run(config, workdir, tokenizer):
         config.seed, config.curriculum.high, used_questions(config.data.used)),
       heldout=heldout_prompts(config), router=scorers.open_router(config.rewards, mesh),
       controller=Controller(**config.entropy) if settings.entropy == 'bonus' else None,
-      values=trainer_values(config, settings, dtype),
-      reference=reference_values(config, spec, settings, dtype, mesh))
+      values=trainer_values(config, settings, dtype, tokenizer.size),
+      reference=reference_values(config, spec, settings, dtype, tokenizer.size, mesh))
   return stage.train(config, workdir, spec=spec, loss=loss, open_loader=open_experience,
                      report=policy.report, micro_rows=config.micro_rows, mesh=train_mesh)
 
@@ -129,24 +129,24 @@ def heldout_prompts(config):
   return list(found.values())
 
 
-def trainer_values(config, settings, dtype):
+def trainer_values(config, settings, dtype, size):
   """values(params, batch) -> (log-probabilities (B, T), routes (B, T, layers, X) or None)."""
   wants_routes = config.rollout.replay == 'trainer'
 
   def values(params, batch):
     logp_BT, _, routes = policy.token_values(params, batch, temperature=settings.temperature,
-                                             remat=config.remat, dtype=dtype)
+                                             size=size, remat=config.remat, dtype=dtype)
     return logp_BT, routes.transpose(1, 2, 0, 3) if wants_routes else None
   return jax.jit(values)
 
 
-def reference_values(config, spec, settings, dtype, mesh):
+def reference_values(config, spec, settings, dtype, size, mesh):
   """values(batch) of the reference model, `config.reference` or `init`; None without a beta."""
   if not settings.beta:
     return None
   with jax.set_mesh(alphabet.make_mesh(dict(mesh.shape))):
     params = load.load_params(config.reference or config.init, spec, mesh, dtype)
-  values = trainer_values(config, settings, dtype)
+  values = trainer_values(config, settings, dtype, size)
 
   def of_reference(batch):
     batch = {name: x for name, x in batch.items() if name != 'routes_BTLX'}

@@ -181,6 +181,23 @@ def test_what_the_machinery_lost_is_missing_and_not_zero(settings, tmp_path, mon
   assert [answer['reward'] is None for answer in answers] == [True, False, False, True]
 
 
+def test_a_split_learns_what_one_mesh_learns(settings, tmp_path):
+  """Prompts, rewards and losses are the same up to rounding; ahead, weights are a rollout old."""
+  few = dict(steps=2, save_every=None, evaluate_every=None, data__heldout=None)
+  apart = few | dict(placement__kind='split', placement__fraction=0.5)
+  lines = []
+  for name, changes in dict(together=few, split=apart,
+                            ahead=apart | dict(steps=3, placement__ahead=True)).items():
+    assert run(tmp_path / name, settings(**changes)) == 0
+    lines.append(metrics.read(tmp_path / name))
+  together, split, ahead = lines
+  for name in ('reward', 'loss', 'entropy', 'ratio'):
+    for one, other in zip(together, split, strict=True):
+      assert one.get(name) == pytest.approx(other.get(name), abs=1e-6), name
+    assert ahead[0][name] == pytest.approx(split[0][name], abs=1e-6)
+  assert split[0]['staleness'] == 0 and [ahead[i]['staleness'] for i in (0, 2)] == [0, 2]
+
+
 @pytest.mark.parametrize('changes, reason', [
   (dict(rollout__samples=1), 'samples is 1'), (dict(rollout__prompts=1), 'needs a prompt'),
   (dict(policy__temperature=0.7), 'must see the distribution'),
