@@ -151,12 +151,15 @@ def reinforcement(stage, arg, **own):
     config.rollout.update(dict(prompts=64, samples=8, updates=4, rounds=2, max_tokens=160,
                                old='engine'))
     config.policy.correction = None  # the engine's policy is the old one: they agree to 1e-6
-    config.engine.rows, config.rewards.workers = 256, 2
+    config.policy.kind = 'dapo'  # at this learning rate GSPO's band would leave few answers
+    config.engine.update(dict(rows=128, pages=1280))  # 128 texts of 256 tokens and their prompts
+    config.rewards.workers = 2
+    config.entropy.update(dict(target=0.08, width=0.5))
     config.parity.update(dict(every=10, mean=1e-4, kl=1e-4))
-    config.measure_reward = dict(prompts=128, samples=2)
+    config.measure_reward = dict(prompts=256, samples=2)
     config.data.length, config.data.batch = 256, 16
-    config.steps, config.save_every, config.evaluate_every = 80, 20, 20
-    config.optim.update(dict(peak_lr=3e-4, warmup=4))
+    config.steps, config.save_every, config.evaluate_every = 120, 20, 40
+    config.optim.update(dict(peak_lr=6e-4, warmup=12, b2=0.99))
   for name, values in own.items():
     config[name].update(values)
   return config
