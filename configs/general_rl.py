@@ -20,7 +20,8 @@ SOURCES = (  # of each family, in the order of `data.queries`
 TINY = (
   ('tasks:kinds=chain,difficulty=1,thinking=mixed', 1.0),
   ('tasks:kinds=coin,difficulty=1,thinking=mixed', 1.0),
-  ('tasks:kinds=compass,difficulty=1,thinking=mixed', 1.0), ('mode:difficulty=1', 1.0))
+  ('tasks:kinds=compass,difficulty=1,thinking=mixed', 1.0), ('mode:difficulty=1', 1.0),
+  ('length:difficulty=1,thinking=mixed', 1.0), ('rule:difficulty=1,thinking=mixed', 1.0))
 
 
 def get_config(arg):
@@ -28,7 +29,9 @@ def get_config(arg):
   small = config.model.layers == 4
   config.data.sources = TINY if small else SOURCES
   config.data.heldout = tuple(name for name, _ in config.data.sources)
-  if not small:
+  if small:
+    config.steps, config.save_every, config.evaluate_every = 40, 20, 40
+  else:
     config.rewards.code = True
     config.steps = 400
   return config

@@ -11,6 +11,6 @@ from qwen3_jax.stages.defaults import reinforcement
 def get_config(arg):
   config = reinforcement('reasoning_rl', arg)
   if config.model.layers == 4:
-    config.data.sources = tuple((f'tasks:kinds=chain,difficulty={d}', 1.0) for d in (1, 2))
+    config.data.sources = (('tasks:kinds=chain,difficulty=1', 1.0),)
     config.data.heldout = tuple(name for name, _ in config.data.sources)
   return config

@@ -158,8 +158,12 @@ def reinforcement(stage, arg, **own):
     config.parity.update(dict(every=10, mean=1e-4, kl=1e-4))
     config.measure_reward = dict(prompts=256, samples=2)
     config.data.length, config.data.batch = 256, 16
-    config.steps, config.save_every, config.evaluate_every = 120, 20, 40
-    config.optim.update(dict(peak_lr=6e-4, warmup=12, b2=0.99))
+    config.steps, config.save_every, config.evaluate_every = 100, 20, 50
+    config.optim.update(dict(schedule='linear', peak_lr=5e-3, warmup=12, b2=0.99))
+    if sparse:
+      config.optim.peak_lr = 6e-4
+    else:  # of all weights most would only take up noise: `tests/benchmarks/rl_sweep.py`
+      config.lora.rank = 16
   for name, values in own.items():
     config[name].update(values)
   return config
