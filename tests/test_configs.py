@@ -143,6 +143,24 @@ def test_each_key_of_fine_tuning_is_read(smallest, tmp_path, quick_compilation):
   assert keys - Recorded.read - unused <= {'lora.alpha', 'lora.targets'}
 
 
+def test_each_key_of_reinforcement_is_read(smallest, tmp_path, quick_compilation):
+  first = configs.load_config('configs/s1.py:tiny', smallest(
+    steps=3, data__heldout=(), evaluate_every=None))
+  assert train.train(first, epath.Path(tmp_path / 'init')) == 0
+  short = 'length:difficulty=1,thinking=off'  # of which a random model gets a part
+  config = configs.load_config('configs/general_rl.py:tiny', [
+    each for each in smallest(
+      init=str(tmp_path / 'init'), steps=2, data__sources=((short, 1.0),), data__heldout=(short,),
+      data__length=160, rollout__prompts=4, rollout__samples=4, rollout__updates=1,
+      rollout__max_tokens=48, engine__rows=8, engine__pages=64, measure_reward__prompts=4,
+      lora__rank=4, optim__warmup=1) if 'heldout_batches' not in each])
+  keys = {key for key in configs.flatten(config.to_dict()) if not key.startswith('model.')}
+  recorded = record(config)
+  Recorded.read.clear()
+  assert train.train(recorded, epath.Path(tmp_path / 'rl')) == 0
+  assert keys - Recorded.read == {'data.tokenizer_size'}  # a tokenizer is given
+
+
 def test_each_key_of_the_recipe_is_read():
   keys = set(configs.load_config('configs/recipe.py:tiny'))
   assert keys - attributes_read() == set()

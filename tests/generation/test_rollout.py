@@ -71,8 +71,9 @@ def trainer_logp(model, outputs):
   return parts
 
 
-@pytest.mark.parametrize('paged', [False, True])
-@pytest.mark.parametrize('kind', ['model', 'moe_model'])
+@pytest.mark.parametrize('kind, paged', [
+  ('model', False), ('moe_model', True), pytest.param('model', True, marks=pytest.mark.slow),
+  pytest.param('moe_model', False, marks=pytest.mark.slow)])
 def test_rollout_and_trainer_agree(kind, paged, tokenizer, request):
   """Groups that share pages, turns of an environment, and rows computed again for want of pages."""
   model = jax.tree.map(lambda w: w / 2, request.getfixturevalue(kind))
@@ -212,7 +213,7 @@ def test_a_penalty_knows_what_earlier_calls_drew(model, tokenizer):
     assert len(set(out.tokens)) == 40
 
 
-@pytest.mark.parametrize('paged', [False, True])
+@pytest.mark.parametrize('paged', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_sharded_like_training(tokenizer, paged):
   """Two shards of rows and pages, heads split in two; the model's arrays are used as they are."""
   spec = Spec(2, 32, 4, 2, 64, vocab=512, head_width=16, experts=4, chosen=2, expert_mlp=32)

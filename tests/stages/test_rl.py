@@ -131,8 +131,8 @@ def test_a_stop_between_the_updates_of_a_rollout_loses_nothing(straight, setting
 
 
 def test_a_mixture_replays_the_engines_routes(settings, tmp_path):
-  assert run(tmp_path, settings(moe=True, steps=4, save_every=None, policy__kind='gspo',
-                                optim__peak_lr=1e-4), 'tiny,moe') == 0
+  assert run(tmp_path, settings(moe=True, steps=4, save_every=None, optim__peak_lr=3e-4),
+             'tiny,moe') == 0
   lines = metrics.read(tmp_path)
   assert lines[0]['ratio'] == lines[0]['ratio_max'] == 1.0
   assert lines[0]['parity_mean'] <= 1e-6
