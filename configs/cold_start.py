@@ -2,13 +2,14 @@
 
 Its purpose is the pattern, not the score: the report keeps samples and steps few. Make the data
 with `python -m qwen3_jax filter --config=configs/filter.py:cold_start` and name its output in
-data.sources. The tiny form filters and learns the solutions of generated problems.
+data.sources. The tiny form filters and learns the solutions of generated problems, and stops early
+enough for rewards to have something to teach.
 """
 from qwen3_jax.stages.defaults import REASONING, supervised
 
 
 def get_config(arg):
-  config = supervised('cold_start', arg, tiny_steps=1200)
+  config = supervised('cold_start', arg, tiny_steps=600)
   if config.model.layers == 4:
     config.optim.update(dict(schedule='linear', peak_lr=4e-3))
     config.prepare = dict(by='filter', config='configs/filter.py:cold_start,tiny', set=(),
