@@ -96,11 +96,19 @@ class TaskSource:
 
 def open_tasks(options, split=None):
   """TaskSource from 'kinds=add+sort,difficulty=1-3,size=1000,seed=7'; all may be left out."""
+  return TaskSource(**read_options(options, 'tasks', 'kinds'), split=split)
+
+
+def read_options(options, source, names):
+  """The values in 'NAMES=A+B,difficulty=1-3,size=1000,seed=7', of which all may be left out.
+
+  `names` is the word for NAMES; ValueError calls it an option of `source`.
+  """
   values = {}
   for option in filter(None, options.split(',')):
     key, _, value = option.partition('=')
     try:
-      if key == 'kinds':
+      if key == names:
         values[key] = value.split('+')
       elif key == 'difficulty':
         low, _, high = value.partition('-')
@@ -110,6 +118,6 @@ def open_tasks(options, split=None):
       else:
         raise ValueError
     except ValueError:
-      raise ValueError(f'tasks option {option!r}: wanted kinds=A+B, difficulty=1-5, size=N or '
+      raise ValueError(f'{source} option {option!r}: wanted {names}=A+B, difficulty=1-5, size=N or '
                        'seed=N, separated by commas') from None
-  return TaskSource(**values, split=split)
+  return values

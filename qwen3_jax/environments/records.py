@@ -5,7 +5,7 @@ of (reasoning, calls), and (reasoning, words) as the last turn.
 """
 import random
 
-from qwen3_jax.data.tasks import is_heldout
+from qwen3_jax.data.tasks import is_heldout, read_options
 from qwen3_jax.environments import calculator, files, python, store, todo
 
 ENVIRONMENTS = {
@@ -97,20 +97,4 @@ class Episodes:
 
 def open_episodes(options, split=None):
   """Episodes from 'names=todo+files,difficulty=1-3,size=1000,seed=7'; all may be left out."""
-  values = {}
-  for option in filter(None, options.split(',')):
-    key, _, value = option.partition('=')
-    try:
-      if key == 'names':
-        values[key] = value.split('+')
-      elif key == 'difficulty':
-        low, _, high = value.partition('-')
-        values[key] = int(low), int(high or low)
-      elif key in ('size', 'seed'):
-        values[key] = int(value)
-      else:
-        raise ValueError
-    except ValueError:
-      raise ValueError(f'episodes option {option!r}: wanted names=A+B, difficulty=1-5, size=N or '
-                       'seed=N, separated by commas') from None
-  return Episodes(**values, split=split)
+  return Episodes(**read_options(options, 'episodes', 'names'), split=split)
