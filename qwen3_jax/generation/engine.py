@@ -32,6 +32,7 @@ __all__ = ['Decoder', 'Engine', 'Output', 'Request', 'generate', 'prepare', 'str
 SLOTS = 64  # the fewest positions a call is compiled for
 PIECE = 512  # tokens of one text that are prefilled at once, at most
 TOKENS = 4096  # tokens of all texts that are prefilled at once, at most
+USUAL = 256  # tokens of an answer that room is made for at once, lest the pool grows step by step
 DEAD = 8  # one in so many rows that ended, and waiting texts take their places
 
 
@@ -363,6 +364,8 @@ def stream(model, tokenizer, prompts, sampling=None, thinking_budget=None, seeds
     return []
   engine = Engine(model, tokenizer, min(rows, len(ids)), chunk=chunk, stop_text=stop_text,
                   with_routes=with_routes)
+  usual = max(len(prompt) + min(one.max_tokens, USUAL) for prompt, one in zip(ids, each))
+  engine.count = max(engine.count, 1 + engine.rows * -(-usual // engine.page))
   steps = engine.steps([Request(*request) for request in zip(ids, each, seeds, limits)])
   while True:
     try:

@@ -56,7 +56,7 @@ def test_plan_and_typos(settings, tmp_path, capsys):
                           if each < stage)]) == 2
     assert 'has no data: set --set=' in capsys.readouterr().err
   assert main([*settings(tmp_path), '--until=s4']) == 2
-  assert 'there are s1, s2, s3, cold_start, reasoning_rl, fusion, general_rl' in capsys.readouterr().err
+  assert 'there are s1, s2, s3, cold_start, reasoning_rl, fusion, gen' in capsys.readouterr().err
   assert main([*settings(tmp_path), '--set=s1.stepz=3']) == 2
   assert 'config.steps' in capsys.readouterr().err
 
