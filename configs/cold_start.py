@@ -9,7 +9,7 @@ from qwen3_jax.stages.defaults import REASONING, supervised
 
 
 def get_config(arg):
-  config = supervised('cold_start', arg, tiny_steps=800)
+  config = supervised('cold_start', arg, tiny_steps=1000)
   if config.model.layers == 4:
     config.optim.update(dict(schedule='linear', peak_lr=4e-3))
     config.prepare = dict(by='filter', config='configs/filter.py:cold_start,tiny', set=(),
