@@ -55,9 +55,13 @@ class Experience:
     self.router.close()
 
   def draw(self, params, step):
-    """The batch of the update after `step`; of a new rollout where the last one is used up."""
+    """The batch of the update after `step`; of a new rollout where the last one is used up.
+
+    `params()` gives the weights: merging adapters is work that only a new rollout needs.
+    """
     self.notes = {}
     if not self.ready:
+      params = params()
       before = {} if self.settled else self.measure(params)  # what the stage begins with
       drawn = self.coming.result() if self.coming else self.roll(params, step)
       self.coming = None

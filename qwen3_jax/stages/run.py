@@ -14,7 +14,7 @@ from qwen3_jax.model import lora, transformer
 from qwen3_jax.stages import load
 from qwen3_jax.training import fit, losses, optim
 from qwen3_jax.training import step as training
-from qwen3_jax.training.checkpoint import Checkpoints
+from qwen3_jax.training.checkpoint import Checkpoints, steps
 from qwen3_jax.training.metrics import Metrics
 
 
@@ -66,7 +66,7 @@ def train(config, workdir, *, spec, loss, open_loader, heldout=None, make=transf
     def draw(params, number):
       if heldout:
         return alphabet.to_global(next(loader), loader.rows, loader.batch, mesh)
-      return loader.draw(whole(params), number)
+      return loader.draw(functools.partial(whole, params), number)
     with Metrics(workdir, config.steps, config.stage, int(state.step), flops) as metrics:
       return fit.fit(state, step, draw, steps=config.steps, checkpoints=checkpoints,
                      metrics=metrics, cursor=lambda: gather_cursor(loader.state()),
@@ -97,6 +97,9 @@ def adapt(config, workdir, spec, mesh, loss, make, restore):
   dtype = compute_dtype(config)
   if load.base_folder(workdir):
     base = load.load_base(workdir, spec, mesh, dtype, restore)
+  elif steps(workdir / 'checkpoints'):
+    raise ValueError(f'{workdir} has checkpoints of adapters but no base.json, which says what '
+                     'they adapt; delete the folder, or use another --workdir')
   else:
     base = restore(config.init, spec, mesh, dtype)
     load.note_base(workdir, config.init, base)
