@@ -139,7 +139,7 @@ def reinforcement(stage, arg, **own):
   config.parity = dict(every=10, mean=0.02, max=None, kl=0.005, ess=0.9)
   config.curriculum = dict(high=0.9)
   config.rewards = dict(defaults={}, gates=('mode',), code=None, judge=None, reward_model=None,
-                        workers=8, seconds={})
+                        functions=(), workers=8, seconds={})
   config.measure_reward = dict(prompts=512, samples=4)
   del config.data.length_mix, config.data.weights, config.data.heldout_batches
   config.data.update(dict(used=(), tokenizer_size=None, length=32_768, batch=16))

@@ -2,6 +2,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import importlib
 import re
 
 import jax
@@ -16,6 +17,7 @@ from qwen3_jax.rewards import code
 from qwen3_jax.rewards.judge import Judge, break_tokens
 from qwen3_jax.rewards.response import Unscored
 from qwen3_jax.rewards.router import Router
+from qwen3_jax.rewards.verifiers import RULES
 from qwen3_jax.stages import load
 
 SANDBOXES = 32  # at once
@@ -28,12 +30,13 @@ def open_router(settings, mesh=None):
   """The Router of `settings`, which opens what is set and nothing else.
 
   Read are `defaults` ({source: {verifier: weight}}), `gates`, `workers`, `seconds`, `judge` (an
-  http address or a model's folder), `reward_model` (the folder of a trained reward model) and
-  `code` (true: open the sandbox). Raises RuntimeError where there is no sandbox, and what opening
-  the models raises.
+  http address or a model's folder), `reward_model` (the folder of a trained reward model), `code`
+  (true: open the sandbox) and `functions` ((name, 'MODULE:FUNCTION') pairs, see `open_function`).
+  Raises RuntimeError where there is no sandbox, and what opening the models raises.
   """
   settings = {key: value for key, value in dict(settings).items() if value is not None}
-  scorers, inline = {}, []
+  scorers = {name: open_function(name, home) for name, home in settings.get('functions', ())}
+  inline = []
   if settings.get('code'):
     code.SANDBOX.check()
     scorers['code'] = functools.partial(score_code, code.SANDBOX)
@@ -51,6 +54,33 @@ def open_router(settings, mesh=None):
     settings.get('defaults', {})).items()}
   return Router(scorers, defaults, tuple(settings.get('gates', ('mode',))), inline=tuple(inline),
                 workers=settings.get('workers', 2), seconds=dict(settings.get('seconds', {})))
+
+
+def open_function(name, home):
+  """The scorer of a user's own verifier `name`: the function that `home`, 'MODULE:FUNCTION', names.
+
+  It is called with (record, `Response`) in this process and gives a number from 0 to 1; what it
+  raises makes the component of this answer missing. A notebook's own module is `__main__`. Raises
+  ValueError where there is no such function, or a rule has the name.
+  """
+  module, _, function = home.partition(':')
+  try:
+    verify = getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(f'config.rewards.functions: {name!r} is {home!r}, want MODULE:FUNCTION of a '
+                     f'module that can be imported ({error})') from error
+  if name in RULES:
+    raise ValueError(f'config.rewards.functions: {name!r} is a rule already; choose another name')
+
+  def score(pairs):
+    found = []
+    for pair in pairs:
+      try:
+        found.append(verify(*pair))
+      except Exception as error:
+        found.append(error)
+    return found
+  return score
 
 
 def score_code(sandbox, pairs):

@@ -167,3 +167,28 @@ def folder_of_a_language_model(golden, tmp_path):
   for path in (golden / 'tokenizer').glob('*.json'):
     shutil.copy(path, folder)
   return folder
+
+
+def half(record, response):
+  """The user's own reward of the test below."""
+  return len(response.content) / record['most']
+
+
+def test_a_function_of_the_user_is_a_verifier():
+  """Its number counts by the record's weight; what it raises is missing, and only there."""
+  own = (('half', f'{__name__}:half'),)
+  router = scorers.open_router({'functions': own, 'gates': (), 'workers': 1})
+  records = [ask(verifiers={'half': 2.0}, most=most) for most in (10, 0, 1)]
+  scored = router.score(records, [say('seven')] * 3)
+  assert [each.reward for each in scored] == [1.0, None, None]
+  assert 'ZeroDivisionError' in scored[1].missing['half']
+  assert 'not a reward: 5.0' in scored[2].missing['half']
+  router.close()
+
+
+@pytest.mark.parametrize('own, complaint', [
+  (('half', 'no_such_module:half'), 'no_such_module'), (('half', 'json:half'), "'half'"),
+  (('half', ''), 'MODULE:FUNCTION'), (('math', 'json:loads'), 'a rule already')])
+def test_a_function_that_cannot_be_called_is_refused(own, complaint):
+  with pytest.raises(ValueError, match=complaint):
+    scorers.open_router({'functions': (own,)})
