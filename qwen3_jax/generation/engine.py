@@ -71,22 +71,22 @@ class Engine:
       model = prepare(model, self.rows)
     self.decoder, self.version = model, version
 
-  def run(self, requests, respond=None):
-    """Outputs of the `requests`, in order.
+  def run(self, requests, respond=None, ended=None):
+    """Outputs of the `requests`, in order; `ended(index, Output)` is told of each once it is over.
 
     `respond([(index, Output so far), ...])` is asked once a chunk about all texts that a stop id
     ended in it; it returns for each the ids to append, or None where it is over. A text goes on
     after them, with its thinking budget whole again and what is left of its `max_tokens`; one that
     has no room for them ends with reason 'length'. Raises ValueError for a prompt that has none.
     """
-    steps = self.steps(requests, respond)
+    steps = self.steps(requests, respond, ended)
     while True:
       try:
         next(steps)
       except StopIteration as end:
         return end.value
 
-  def steps(self, requests, respond=None):
+  def steps(self, requests, respond=None, ended=None):
     """`run`, a chunk at a time: yields {index: more of its text}, returns the outputs."""
     texts, outputs = self._open(requests), [None] * len(requests)
     pages = [Pages(self.count, self.page, self.share) for _ in range(self.shards)]
@@ -100,6 +100,8 @@ class Engine:
       for text in self._ended(running, respond):
         schedule.leave(text)
         outputs[text.index] = text.output(self.version)
+        if ended:
+          ended(text.index, outputs[text.index])
       yield {text.index: text.delta for text in running if text.delta}
     self.preempted += schedule.preempted
     return outputs
