@@ -28,11 +28,11 @@ def cross_entropy(hidden_BTD, head_VD, target_BT, weight_BT):
   Under a mesh (`jax.set_mesh`) each device gathers its share of the head once, runs over its own
   tokens, and the head's gradient is reduce-scattered once.
   """
-  return _sharded(_local, lambda scalar, *_: scalar, hidden_BTD, head_VD, target_BT, weight_BT)
+  return sharded(_local, lambda scalar, *_: scalar, hidden_BTD, head_VD, target_BT, weight_BT)
 
 
 def _forward(*inputs):
-  return _sharded(functools.partial(_local, gradients=True),
+  return sharded(functools.partial(_local, gradients=True),
                   lambda scalar, rows, *weights: (scalar, weights), *inputs)
 
 
@@ -64,7 +64,7 @@ def token_entropy(hidden_BTD, head_VD, target_BT, temperature=1.0, size=None):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _values(hidden_BTD, head_VD, target_BT, temperature, size, entropy):
   local = functools.partial(_local_values, temperature=temperature, size=size, entropy=entropy)
-  return _sharded(local, lambda scalar, rows, *_: (rows,) * (1 + entropy),
+  return sharded(local, lambda scalar, rows, *_: (rows,) * (1 + entropy),
                   hidden_BTD, head_VD, target_BT)
 
 
@@ -84,7 +84,7 @@ def _values_backward(temperature, size, _, inputs, cotangents):
     ct_BT = jnp.zeros(ct_BT.shape, ct_BT.dtype)
   ct_entropy = [ct for ct in ct_entropy if not isinstance(ct, zero)]
   local = functools.partial(_local, gradients=True, temperature=temperature, size=size)
-  _, (d_hidden, d_head) = _sharded(local, lambda scalar, rows, *weights: (scalar, weights),
+  _, (d_hidden, d_head) = sharded(local, lambda scalar, rows, *weights: (scalar, weights),
                                    *inputs, -ct_BT, *ct_entropy)
   return d_hidden, d_head, None
 
@@ -92,24 +92,29 @@ def _values_backward(temperature, size, _, inputs, cotangents):
 _values.defvjp(_values_forward, _values_backward, symbolic_zeros=True)
 
 
-def _sharded(local, layout, hidden_BTD, head_VD, *of_tokens):
-  """`local` on each device's tokens (`of_tokens` are (B, T)) and its part of the head.
+def sharded(local, layout, hidden_BTD, head_VD, *of_tokens, other_VD=None):
+  """`local` on each device's tokens (`of_tokens` are (B, T, ...)) and its part of the head.
 
-  `layout(scalar, rows, hidden, head)` chooses the PartitionSpecs of what it returns.
+  `layout(scalar, rows, hidden, head)` chooses the PartitionSpecs of what it returns. `other_VD`,
+  the head of another model, is its last argument, and comes with its own `other_axes` of the width.
   """
   mesh = jax.sharding.get_abstract_mesh()
+  others = () if other_VD is None else (other_VD,)
   if mesh.empty or math.prod(mesh.shape.values()) == 1:
-    return local(hidden_BTD, head_VD, *of_tokens)
+    return local(hidden_BTD, head_VD, *of_tokens, *others)
   rows = alphabet.partition('BT', hidden_BTD.shape[:2], mesh)
-  head = alphabet.partition('VD', head_VD.shape, mesh)
+  head, *other = (alphabet.partition('VD', x.shape, mesh) for x in (head_VD, *others))
   def axes(entry):
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
   body = functools.partial(local, vocab_axes=axes(head[0]), width_axes=axes(head[1]),
                            token_axes=axes(rows[0]) + axes(rows[1]))
+  if others:
+    body = functools.partial(body, other_axes=axes(other[0][1]))
   hidden, scalar = PartitionSpec(*rows, None), PartitionSpec()
+  tokens = [PartitionSpec(*rows, *(None,) * (x.ndim - 2)) for x in of_tokens]
   return jax.shard_map(
-    body, in_specs=(hidden, head) + (rows,) * len(of_tokens), check_vma=False,
-    out_specs=layout(scalar, rows, hidden, head))(hidden_BTD, head_VD, *of_tokens)
+    body, in_specs=(hidden, head, *tokens, *other), check_vma=False,
+    out_specs=layout(scalar, rows, hidden, head))(hidden_BTD, head_VD, *of_tokens, *others)
 
 
 def _local(hidden_BTD, head_VD, target_BT, weight_BT, *bonus, gradients=False, temperature=1.0,
@@ -121,10 +126,10 @@ def _local(hidden_BTD, head_VD, target_BT, weight_BT, *bonus, gradients=False, t
   """
   B, T, D = hidden_BTD.shape
   dtype = head_VD.dtype
-  head_VD, first = _gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
+  head_VD, first = gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
   step = functools.partial(_chunk, head_VD=head_VD, first=first, vocab_axes=vocab_axes,
                            gradients=gradients, temperature=temperature, size=size)
-  chunks = [_in_chunks(x) for x in (hidden_BTD, target_BT, weight_BT, *bonus)]
+  chunks = [in_chunks(x) for x in (hidden_BTD, target_BT, weight_BT, *bonus)]
   scan = functools.partial(jax.lax.scan, unroll=len(chunks[0]) <= UNROLLED)
   total = jnp.zeros((), jnp.float32)
   if not gradients:
@@ -136,30 +141,27 @@ def _local(hidden_BTD, head_VD, target_BT, weight_BT, *bonus, gradients=False, t
     loss, d_hidden, d_head_chunk = step(*chunk)
     return (total + loss, d_head + d_head_chunk), d_hidden
   (total, d_head), d_hidden = scan(visit, (total, jnp.zeros(head_VD.shape, jnp.float32)), chunks)
-  d_hidden = _from_chunks(d_hidden, B, T)
-  if width_axes:
-    d_head = jax.lax.psum_scatter(d_head, width_axes, scatter_dimension=1, tiled=True)
-  rest = tuple(axis for axis in token_axes if axis not in width_axes)
-  d_head = jax.lax.psum(d_head, rest) if rest else d_head
+  d_hidden = from_chunks(d_hidden, B, T)
   total = jax.lax.psum(total, token_axes) if token_axes else total
-  return total, (d_hidden, d_head.astype(dtype))
+  return total, (d_hidden, reduce(d_head, width_axes, token_axes).astype(dtype))
 
 
 def _local_values(hidden_BTD, head_VD, target_BT, temperature, size, entropy, vocab_axes=(),
                   width_axes=(), token_axes=()):
   """One device's log-probabilities (B, T), and with `entropy` its entropies."""
-  head_VD, first = _gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
+  head_VD, first = gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
 
   def visit(_, chunk):
-    _, lse_M, logit_M, _, entropy_M = _softmax(*chunk, head_VD, first, vocab_axes, temperature,
-                                               size)
-    return None, (logit_M - lse_M, entropy_M)[:1 + entropy]
-  chunks = _in_chunks(hidden_BTD), _in_chunks(target_BT)
+    hidden_MD, target_M = chunk
+    logits_MV, lse_M, entropy_M = softmax(hidden_MD, head_VD, first, vocab_axes, temperature, size)
+    logit_M1, *_ = look_up(logits_MV, target_M[:, None], first, vocab_axes)
+    return None, (logit_M1[:, 0] - lse_M, entropy_M)[:1 + entropy]
+  chunks = in_chunks(hidden_BTD), in_chunks(target_BT)
   _, values = jax.lax.scan(visit, None, chunks, unroll=len(chunks[0]) <= UNROLLED)
-  return tuple(_from_chunks(x, *target_BT.shape) for x in values)
+  return tuple(from_chunks(x, *target_BT.shape) for x in values)
 
 
-def _gather(head_VD, dtype, vocab_axes, width_axes):
+def gather(head_VD, dtype, vocab_axes, width_axes):
   """The device's rows of the head at full width, and the number of the first of them."""
   if width_axes:
     head_VD = jax.lax.all_gather(head_VD, width_axes, axis=1, tiled=True)
@@ -167,7 +169,15 @@ def _gather(head_VD, dtype, vocab_axes, width_axes):
   return head_VD.astype(dtype), first
 
 
-def _in_chunks(x_BT):
+def reduce(d_head_VD, width_axes, token_axes):
+  """The sum over all devices' tokens of the gradient of what `gather` gave, this device's part."""
+  if width_axes:
+    d_head_VD = jax.lax.psum_scatter(d_head_VD, width_axes, scatter_dimension=1, tiled=True)
+  rest = tuple(axis for axis in token_axes if axis not in width_axes)
+  return jax.lax.psum(d_head_VD, rest) if rest else d_head_VD
+
+
+def in_chunks(x_BT):
   """(B, T, ...) -> (chunks, M, ...) with about TOKENS rows M, padded with zeros (weight 0).
 
   Every chunk takes a stretch of T from all of B.
@@ -179,7 +189,8 @@ def _in_chunks(x_BT):
   return x.reshape(len(x), B * size, *x.shape[3:])
 
 
-def _from_chunks(x, B, T):
+def from_chunks(x, B, T):
+  """(chunks, M, ...) -> (B, T, ...), undoing `in_chunks`."""
   x = x.reshape(len(x), B, -1, *x.shape[2:]).swapaxes(0, 1)
   return x.reshape(B, -1, *x.shape[3:])[:, :T]
 
@@ -187,39 +198,45 @@ def _from_chunks(x, B, T):
 def _chunk(hidden_MD, target_M, weight_M, bonus_M=None, *, head_VD, first, vocab_axes, gradients,
            temperature, size):
   """Loss of one chunk and, with `gradients`, its gradients (and those of bonus * entropy)."""
-  logits_MV, lse_M, logit_M, hit_MV, entropy_M = _softmax(hidden_MD, target_M, head_VD, first,
-                                                          vocab_axes, temperature, size)
-  loss = jnp.sum(weight_M * (lse_M - logit_M))
+  logits_MV, lse_M, entropy_M = softmax(hidden_MD, head_VD, first, vocab_axes, temperature, size)
+  logit_M1, here_M1, index_M1 = look_up(logits_MV, target_M[:, None], first, vocab_axes)
+  loss = jnp.sum(weight_M * (lse_M - logit_M1[:, 0]))
   if not gradients:
     return loss, None, None
+  hit_MV = (jnp.arange(head_VD.shape[0]) == index_M1) & here_M1
   logp_MV = logits_MV - lse_M[:, None]
   d_MV = weight_M[:, None] * (jnp.exp(logp_MV) - hit_MV)
   if bonus_M is not None:
     d_MV -= bonus_M[:, None] * jnp.exp(logp_MV) * (logp_MV + entropy_M[:, None])
   d_MV = (d_MV / temperature).astype(hidden_MD.dtype)
-  d_hidden = _dot('MV,VD->MD', d_MV, head_VD)
+  d_hidden = dot('MV,VD->MD', d_MV, head_VD)
   d_hidden = jax.lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
-  return loss, d_hidden.astype(hidden_MD.dtype), _dot('MV,MD->VD', d_MV, hidden_MD)
+  return loss, d_hidden.astype(hidden_MD.dtype), dot('MV,MD->VD', d_MV, hidden_MD)
 
 
-def _softmax(hidden_MD, target_M, head_VD, first, vocab_axes, temperature, size):
-  """Logits on this shard of V; of all shards log-sum-exp, target's logit; where it is; entropy."""
-  logits_MV = _dot('MD,VD->MV', hidden_MD, head_VD) / temperature
+def softmax(hidden_MD, head_VD, first, vocab_axes, temperature, size):
+  """Logits on this shard of V; log-sum-exp and entropy over all shards."""
+  logits_MV = dot('MD,VD->MV', hidden_MD, head_VD) / temperature
   if size is not None:
     logits_MV = jnp.where(first + jnp.arange(head_VD.shape[0]) < size, logits_MV, NEVER)
   top_M = logits_MV.max(-1)
   top_M = jax.lax.pmax(top_M, vocab_axes) if vocab_axes else top_M
   below_MV = logits_MV - top_M[:, None]
   norm_M, mean_M = jnp.exp(below_MV).sum(-1), (jnp.exp(below_MV) * below_MV).sum(-1)
-  here_M = (target_M >= first) & (target_M < first + head_VD.shape[0])
-  index_M1 = jnp.where(here_M, target_M - first, 0)[:, None]
-  logit_M = jnp.where(here_M, jnp.take_along_axis(logits_MV, index_M1, 1)[:, 0], 0)
   if vocab_axes:
-    norm_M, mean_M, logit_M = (jax.lax.psum(x, vocab_axes) for x in (norm_M, mean_M, logit_M))
-  hit_MV = (jnp.arange(head_VD.shape[0]) == index_M1) & here_M[:, None]
+    norm_M, mean_M = (jax.lax.psum(x, vocab_axes) for x in (norm_M, mean_M))
   log_norm_M = jnp.log(norm_M)
-  return logits_MV, top_M + log_norm_M, logit_M, hit_MV, log_norm_M - mean_M / norm_M
+  return logits_MV, top_M + log_norm_M, log_norm_M - mean_M / norm_M
 
 
-def _dot(letters, a, b):
+def look_up(logits_MV, id_MX, first, vocab_axes):
+  """The ids' logits, of whichever shard; which ids are on this one, and their rows here (or 0)."""
+  here_MX = (id_MX >= first) & (id_MX < first + logits_MV.shape[1])
+  index_MX = jnp.where(here_MX, id_MX - first, 0)
+  logit_MX = jnp.where(here_MX, jnp.take_along_axis(logits_MV, index_MX, 1), 0)
+  return jax.lax.psum(logit_MX, vocab_axes) if vocab_axes else logit_MX, here_MX, index_MX
+
+
+def dot(letters, a, b):
+  """An einsum that accumulates in float32."""
   return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)

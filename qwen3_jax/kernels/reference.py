@@ -41,6 +41,29 @@ def token_entropy(hidden_BTD, head_VD, target_BT, temperature=1.0, size=None):
   return jnp.take_along_axis(logp_BTV, target_BT[..., None], -1)[..., 0], entropy_BT
 
 
+def divergence(hidden_BTD, head_VD, teacher_BTD, teacher_head_VD, weight_BT, kind, mix=0.5,
+               temperature=1.0, size=None):
+  """(sum of weight * divergence, divergences (B, T)) of a student and a teacher held fixed.
+
+  p is the student's softmax(logits / temperature) over the first `size` ids, q the teacher's:
+  'reverse_kl' KL(p || q), 'forward_kl' KL(q || p), 'jsd' mix KL(q || m) + (1 - mix) KL(p || m) with
+  m = mix q + (1 - mix) p.
+  """
+  def log_softmax(hidden_BTD, head_VD):
+    logits_BTV = jnp.einsum('BTD,VD->BTV', hidden_BTD, head_VD[:size],
+                            preferred_element_type=jnp.float32)
+    return jax.nn.log_softmax(logits_BTV / temperature, axis=-1)
+
+  def kl(a_BTV, b_BTV):
+    return jnp.sum(jnp.exp(a_BTV) * (a_BTV - b_BTV), axis=-1)
+  p_BTV = log_softmax(hidden_BTD, head_VD)
+  q_BTV = jax.lax.stop_gradient(log_softmax(teacher_BTD, teacher_head_VD))
+  m_BTV = jnp.logaddexp(jnp.log(mix) + q_BTV, jnp.log(1 - mix) + p_BTV)
+  value_BT = {'reverse_kl': lambda: kl(p_BTV, q_BTV), 'forward_kl': lambda: kl(q_BTV, p_BTV),
+              'jsd': lambda: mix * kl(q_BTV, m_BTV) + (1 - mix) * kl(p_BTV, m_BTV)}[kind]()
+  return jnp.sum(weight_BT * value_BT), jax.lax.stop_gradient(value_BT)
+
+
 def experts(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):
   """sum over the chosen experts of gate * SwiGLU expert(x), (M, D): every expert on every token."""
   h_MEF = jax.nn.silu(jnp.einsum('MD,EDF->MEF', x_MD, gate_EDF))
