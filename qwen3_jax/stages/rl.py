@@ -41,7 +41,8 @@ def run(config, workdir, tokenizer):
 
   def open_experience(mesh):
     return Experience(
-      config, workdir, tokenizer, mesh, rollout_mesh, settings=settings, cast=jax.jit(cast),
+      config, workdir, tokenizer, mesh, rollout_mesh, spec=spec, settings=settings,
+      cast=jax.jit(cast),
       curriculum=Curriculum(
         [(open_prompts(name, 'train'), share) for name, share in pretrain.source_shares(config)],
         config.seed, config.curriculum.high, used_questions(config.data.used)),

@@ -11,23 +11,28 @@ def note(groups, tried, seconds):
   A group is a dict of `record`, `episodes`, `scored` (`router.Scored` or None) and `rewards` (NaN
   where missing), the last three by sample.
   """
-  episodes = [episode for group in tried for episode in group['episodes']]
   scored = [each for group in tried for each in group['scored'] if each is not None]
   rewards = [x for group in tried for x in group['rewards']]
-  answered = [episode for episode in episodes if episode.response is not None]
-  logp = np.concatenate([episode.logp[episode.drawn] for episode in answered] or [np.zeros(1)])
-  tokens = sum(len(episode.tokens) for episode in answered)
-  notes = dict(
-    reward=mean(rewards), rollout_entropy=-float(logp.mean()),
-    kept_groups=len(groups) / max(1, len(tried)), prompts=len(tried),
-    missing=sum(not math.isfinite(x) for x in rewards), answer_tokens=mean(
-      [len(episode.tokens) for episode in answered]),
-    cut_off=mean([episode.response.finish_reason == 'length' for episode in answered]),
-    rollout_seconds=seconds, rollout_tokens_per_s=tokens / seconds)
+  notes = note_answers(tried, seconds) | dict(
+    reward=mean(rewards), kept_groups=len(groups) / max(1, len(tried)),
+    missing=sum(not math.isfinite(x) for x in rewards))
   for name in sorted({name for each in scored for name in each.components}):
     notes[f'reward_{name}'] = mean([each.components[name] for each in scored
                                     if each.components.get(name) is not None])
   return notes
+
+
+def note_answers(tried, seconds):
+  """Values of one rollout that need no reward: entropy and length of its answers, and its speed."""
+  episodes = [episode for group in tried for episode in group['episodes']]
+  answered = [episode for episode in episodes if episode.response is not None]
+  logp = np.concatenate([episode.logp[episode.drawn] for episode in answered] or [np.zeros(1)])
+  tokens = sum(len(episode.tokens) for episode in answered)
+  return dict(
+    rollout_entropy=-float(logp.mean()), prompts=len(tried),
+    answer_tokens=mean([len(episode.tokens) for episode in answered]),
+    cut_off=mean([episode.response.finish_reason == 'length' for episode in answered]),
+    rollout_seconds=seconds, rollout_tokens_per_s=tokens / seconds)
 
 
 def measure(records, rewards, episodes):
