@@ -84,20 +84,20 @@ def interval(values, samples=1):
   return dict(rate=rate, low=low, high=high, count=len(values))
 
 
-def perplexity(nlls, tokens):
-  """{'rate', 'low', 'high', 'count'} of exp(sum of `nlls` / sum of `tokens`), one of each a text.
+def ratio(sums, counts):
+  """{'rate', 'low', 'high', 'count'}: sum of `sums` / sum of `counts`, one of each a text.
 
-  The interval is that of a ratio of two sums over independent texts, in the logarithm.
+  The interval takes the texts for independent draws (the ratio estimator's variance); with a single
+  one it is unknown: None.
   """
-  nlls, tokens = np.asarray(nlls, float), np.asarray(tokens, float)
-  if not tokens.sum():
+  sums, counts = np.asarray(sums, float), np.asarray(counts, float)
+  if not counts.sum():
     return dict(rate=None, low=None, high=None, count=0)
-  mean, count = nlls.sum() / tokens.sum(), len(nlls)
-  left = nlls - mean * tokens
-  half = Z * math.sqrt((left * left).sum() * count / max(1, count - 1)) / tokens.sum()
-  low, high = (mean - half, mean + half) if count > 1 else (-math.inf, math.inf)
-  rate, low, high = (_exp(x) for x in (mean, low, high))
-  return dict(rate=rate, low=low, high=high, count=count)
+  rate, number = float(sums.sum() / counts.sum()), len(sums)
+  left = sums - rate * counts
+  half = Z * math.sqrt((left * left).sum() * number / max(1, number - 1)) / counts.sum()
+  low, high = (rate - half, rate + half) if number > 1 else (None, None)
+  return dict(rate=rate, low=low, high=high, count=number)
 
 
 def group(answers, same):
@@ -122,7 +122,3 @@ def powers(samples):
 def _check(k, count):
   if not 1 <= k <= count:
     raise ValueError(f'k is {k} of {count} samples: want 1 to {count}')
-
-
-def _exp(x):
-  return math.exp(min(x, 700.0))

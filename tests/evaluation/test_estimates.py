@@ -111,13 +111,21 @@ def test_equal_problems_count_as_their_draws():
   assert (found['low'], found['high']) == pytest.approx((wanted['low'], wanted['high']))
 
 
-def test_perplexity_weighs_texts_by_their_tokens():
-  found = estimates.perplexity([10.0, 40.0], [10, 20])
-  assert found['rate'] == pytest.approx(math.exp(50 / 30))
-  assert found['low'] < found['rate'] < found['high']
-  same = estimates.perplexity([2.0, 4.0], [1, 2])
-  assert same['low'] == pytest.approx(same['high']) == pytest.approx(math.exp(2))
-  assert estimates.perplexity([], [])['rate'] is None
+def test_a_ratio_weighs_texts_by_their_length():
+  found = estimates.ratio([10.0, 40.0], [10, 20])
+  assert found['rate'] == pytest.approx(50 / 30) and found['low'] < 50 / 30 < found['high']
+  same = estimates.ratio([2.0, 4.0], [1, 2])
+  assert same['low'] == pytest.approx(same['high']) == pytest.approx(2)
+  assert estimates.ratio([], [])['rate'] is None and estimates.ratio([1], [1])['low'] is None
+
+
+def test_interval_of_a_ratio_holds_the_truth():
+  rng, held = np.random.default_rng(0), 0
+  for _ in range(500):
+    counts = rng.integers(5, 100, 80)
+    found = estimates.ratio(counts * rng.gamma(4, 0.5, 80), counts)
+    held += found['low'] <= 2 <= found['high']
+  assert 460 <= held <= 490
 
 
 def test_answers_are_grouped_by_a_comparison():
