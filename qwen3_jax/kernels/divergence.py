@@ -94,10 +94,8 @@ def _local(hidden_BTD, head_VD, weight_BT, teacher_BTD, teacher_VD, *, settings,
   kind, mix, temperature, size = settings
   teacher_VD, _ = head.gather(teacher_VD, teacher_BTD.dtype, vocab_axes, other_axes)
 
-  def slope(logits_MV, lse_M, first, teacher_MD):
-    other_MV, other_M, _ = head.softmax(teacher_MD, teacher_VD, first, vocab_axes, temperature,
-                                        size)
-    logp_MV, logq_MV = logits_MV - lse_M[:, None], other_MV - other_M[:, None]
+  def slope(logp_MV, first, teacher_MD):
+    logq_MV, _ = log_softmax(teacher_MD, teacher_VD, first, vocab_axes, temperature, size)
     term_MV, score_MV = compare(logp_MV, logq_MV, kind, mix)
     value_M, score_M = term_MV.sum(-1), score_MV.sum(-1)
     if vocab_axes:
@@ -106,6 +104,12 @@ def _local(hidden_BTD, head_VD, weight_BT, teacher_BTD, teacher_VD, *, settings,
   return over_chunks(slope, hidden_BTD, head_VD, weight_BT, teacher_BTD, temperature=temperature,
                      size=size, gradients=gradients, vocab_axes=vocab_axes, width_axes=width_axes,
                      token_axes=token_axes)
+
+
+def log_softmax(*inputs):
+  """Log-probabilities on this shard of V, entropies; likely ids have no rounding of large logits."""
+  logits_MV, top_M, norm_M, entropy_M = head.softmax(*inputs)
+  return (logits_MV - top_M[:, None]) - norm_M[:, None], entropy_M
 
 
 def compare(logp, logq, kind, mix):
@@ -130,8 +134,8 @@ def over_chunks(slope, hidden_BTD, head_VD, weight_BT, *of_tokens, temperature, 
                 vocab_axes, width_axes, token_axes):
   """One device's (sum, values, entropies), and with `gradients` those of the states and the head.
 
-  `slope(logits_MV, lse_M, first, *of_tokens)` gives each token's value and its gradient by the
-  student's logits / temperature, on this shard of V, whose first id is `first`.
+  `slope(logp_MV, first, *of_tokens)` gives each token's value and its gradient by the student's
+  logits / temperature, on this shard of V, whose first id is `first`.
   """
   shape, dtype = hidden_BTD.shape[:2], head_VD.dtype
   head_VD, first = head.gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
@@ -139,9 +143,8 @@ def over_chunks(slope, hidden_BTD, head_VD, weight_BT, *of_tokens, temperature, 
   def visit(carry, chunk):
     total, d_head = carry
     hidden_MD, weight_M, *rest = chunk
-    logits_MV, lse_M, entropy_M = head.softmax(hidden_MD, head_VD, first, vocab_axes, temperature,
-                                               size)
-    value_M, d_MV = slope(logits_MV, lse_M, first, *rest)
+    logp_MV, entropy_M = log_softmax(hidden_MD, head_VD, first, vocab_axes, temperature, size)
+    value_M, d_MV = slope(logp_MV, first, *rest)
     total += jnp.sum(weight_M * value_M)
     if not gradients:
       return (total, d_head), (value_M, entropy_M)

@@ -153,9 +153,10 @@ def _local_values(hidden_BTD, head_VD, target_BT, temperature, size, entropy, vo
 
   def visit(_, chunk):
     hidden_MD, target_M = chunk
-    logits_MV, lse_M, entropy_M = softmax(hidden_MD, head_VD, first, vocab_axes, temperature, size)
+    logits_MV, top_M, norm_M, entropy_M = softmax(hidden_MD, head_VD, first, vocab_axes,
+                                                  temperature, size)
     logit_M1, *_ = look_up(logits_MV, target_M[:, None], first, vocab_axes)
-    return None, (logit_M1[:, 0] - lse_M, entropy_M)[:1 + entropy]
+    return None, (logit_M1[:, 0] - (top_M + norm_M), entropy_M)[:1 + entropy]
   chunks = in_chunks(hidden_BTD), in_chunks(target_BT)
   _, values = jax.lax.scan(visit, None, chunks, unroll=len(chunks[0]) <= UNROLLED)
   return tuple(from_chunks(x, *target_BT.shape) for x in values)
@@ -198,7 +199,9 @@ def from_chunks(x, B, T):
 def _chunk(hidden_MD, target_M, weight_M, bonus_M=None, *, head_VD, first, vocab_axes, gradients,
            temperature, size):
   """Loss of one chunk and, with `gradients`, its gradients (and those of bonus * entropy)."""
-  logits_MV, lse_M, entropy_M = softmax(hidden_MD, head_VD, first, vocab_axes, temperature, size)
+  logits_MV, top_M, norm_M, entropy_M = softmax(hidden_MD, head_VD, first, vocab_axes, temperature,
+                                                size)
+  lse_M = top_M + norm_M
   logit_M1, here_M1, index_M1 = look_up(logits_MV, target_M[:, None], first, vocab_axes)
   loss = jnp.sum(weight_M * (lse_M - logit_M1[:, 0]))
   if not gradients:
@@ -215,7 +218,7 @@ def _chunk(hidden_MD, target_M, weight_M, bonus_M=None, *, head_VD, first, vocab
 
 
 def softmax(hidden_MD, head_VD, first, vocab_axes, temperature, size):
-  """Logits on this shard of V; log-sum-exp and entropy over all shards."""
+  """Logits on this shard of V; over all shards the largest, log-sum-exp less that, entropy."""
   logits_MV = dot('MD,VD->MV', hidden_MD, head_VD) / temperature
   if size is not None:
     logits_MV = jnp.where(first + jnp.arange(head_VD.shape[0]) < size, logits_MV, NEVER)
@@ -226,7 +229,7 @@ def softmax(hidden_MD, head_VD, first, vocab_axes, temperature, size):
   if vocab_axes:
     norm_M, mean_M = (jax.lax.psum(x, vocab_axes) for x in (norm_M, mean_M))
   log_norm_M = jnp.log(norm_M)
-  return logits_MV, top_M + log_norm_M, log_norm_M - mean_M / norm_M
+  return logits_MV, top_M, log_norm_M, log_norm_M - mean_M / norm_M
 
 
 def look_up(logits_MV, id_MX, first, vocab_axes):

@@ -49,8 +49,9 @@ def golden_settings():
                          id=f'{kind}-{beta}-{temperature}')
 
 
-@pytest.mark.parametrize('name, kind, mix, temperature', golden_settings())
+@pytest.mark.parametrize('name, kind, mix, temperature', list(golden_settings()))
 def test_values_and_gradients_are_trls(golden, name, kind, mix, temperature):
+  """To 1e-6; a token's value above 1 to 1e-6 of itself (float32 at 4.6 has steps of 5e-7)."""
   numbers = np.load(golden / 'loss' / 'distill.npz')
   counted = numbers['labels'] != -100
   eye, mix = jnp.eye(24), 0.5 if kind != 'jsd' else mix
@@ -62,7 +63,8 @@ def test_values_and_gradients_are_trls(golden, name, kind, mix, temperature):
   (value, values), gradient = jax.value_and_grad(mean, has_aux=True)(
     jnp.array(numbers['student_logits']))
   np.testing.assert_allclose(value, numbers[f'{name}/loss'], rtol=0, atol=1e-6)
-  np.testing.assert_allclose(values, numbers[f'{name}/per_token'], rtol=0, atol=1e-6)
+  want = numbers[f'{name}/per_token']
+  assert (np.abs(np.float64(values) - want) <= 1e-6 * np.maximum(want, 1)).all()
   np.testing.assert_allclose(gradient, numbers[f'{name}/grad_student_logits'], rtol=0, atol=1e-6)
 
 
@@ -73,7 +75,8 @@ def test_names_of_the_two_directions(golden):
                      ('forward_kl', 'forward_kl_teacher_student')):
     _, values, entropy = divergence.divergence_entropy(
       numbers['student_logits'], eye, numbers['teacher_logits'], eye, numbers['mask'] * 1.0, kind)
-    np.testing.assert_allclose(values, numbers[name], rtol=0, atol=1e-6)
+    want = numbers[name]
+    assert (np.abs(np.float64(values) - want) <= 1e-6 * np.maximum(want, 1)).all()
     np.testing.assert_allclose(entropy, numbers['student_entropy'], rtol=0, atol=1e-6)
 
 
@@ -159,8 +162,8 @@ def test_bfloat16_is_multiplied_into_float32():
 @pytest.mark.parametrize('kind', KINDS)
 def test_distributions_with_nothing_in_common_stay_finite(kind):
   """Logits of 1e5, each model certain of another id than the other's."""
-  eye, at = 1e5 * jnp.eye(4), jnp.zeros((1, 1, 4)).at[0, 0]
-  inputs = at[0].set(1.0), eye, at[1].set(1.0), eye, jnp.ones((1, 1))
+  eye, head_VD = jnp.eye(4)[:, None, None], 1e5 * jnp.eye(4)
+  inputs = eye[0], head_VD, eye[1], head_VD, jnp.ones((1, 1))
   value, _, gradients = value_and_gradients(divergence.divergence, inputs, kind)
   assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
   np.testing.assert_allclose(value, 3 * (np.log(2) if kind == 'jsd' else 1e5), rtol=1e-6)
