@@ -88,3 +88,11 @@ def write_text(path, text):
   new = path.with_name(f'{path.name}.new')
   new.write_text(text, encoding='utf-8')
   new.replace(path)
+
+
+def read_json(path):
+  """The content of a JSON file; ValueError names a broken one."""
+  try:
+    return json.loads(Path(path).read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path} is not JSON ({error}); delete it and evaluate again') from None
