@@ -9,6 +9,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from qwen3_jax.commands.compiled import keep_compiled
+
 PACKAGE = Path(__file__).resolve().parent
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -139,4 +141,5 @@ def main(arguments):
 
 
 if __name__ == '__main__':
+  keep_compiled()
   sys.exit(main(sys.argv[1:]))

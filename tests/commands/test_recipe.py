@@ -46,19 +46,54 @@ def weights(workdir):
 
 def test_plan_and_typos(settings, tmp_path, capsys):
   assert main([*settings(tmp_path), '--dry-run']) == 0
-  plan = capsys.readouterr().out
-  assert 'from random weights' in plan and f'from {tmp_path}/s2' in plan
-  assert 'RoPE base 1,000,000' in plan and not any(tmp_path.iterdir())
-  assert 'cold_start: 6 steps x 4 x 160' in plan and 'data made by filter' in plan
+  head, *rows, total = capsys.readouterr().out.splitlines()
+  rows = {row.split()[0]: row for row in rows}
+  assert list(rows) == list(STAGES) and not any(tmp_path.iterdir())
+  assert rows['s1'].endswith('  random weights') and rows['s3'].endswith('  s2')
+  assert '  10,000 ' in rows['s1'] and '  1,000,000 ' in rows['s3']
+  assert '6 steps x 4 x 160' in rows['cold_start'] and '  3,840 ' in rows['cold_start']
+  assert rows['cold_start'].endswith('s3; data made by filter')
   real = ['recipe', '--config=configs/recipe.py:0.6b', f'--workdir={tmp_path}']
   for stage in STAGES:  # a stage without data is named before the first one begins
     assert main([*real, *(f'--set={each}.data.sources="stdlib"' for each in STAGES
                           if each < stage)]) == 2
     assert 'has no data: set --set=' in capsys.readouterr().err
   assert main([*settings(tmp_path), '--until=s4']) == 2
-  assert 'there are s1, s2, s3, cold_start, reasoning_rl, fusion, gen' in capsys.readouterr().err
+  assert "--until: no stage 's4'; there are s1, s2, s3, cold_start" in capsys.readouterr().err
+  assert main([*settings(tmp_path), '--from=fusion']) == 2
+  assert '--from=fusion comes after --until=cold_start' in capsys.readouterr().err
   assert main([*settings(tmp_path), '--set=s1.stepz=3']) == 2
   assert 'config.steps' in capsys.readouterr().err
+  assert main([*settings(tmp_path), '--from=s3']) == 2
+  assert 's3 takes its init from s2, which is not in' in capsys.readouterr().err
+
+
+def test_what_failed_says_how_to_go_on(settings, tmp_path, capsys):
+  run = [*settings(tmp_path), '--from=s2', '--until=s2']
+  assert main([*run, f'--init={tmp_path / "absent"}']) == 2
+  errors = capsys.readouterr().err
+  assert 's2 (stage 1 of 1) failed (FileNotFoundError). What is finished is kept' in errors
+  assert f'delete {tmp_path}/s2' in errors and 'no model in' in errors
+
+
+@pytest.mark.slow
+def test_any_stage_from_any_checkpoint(settings, smallest, tmp_path, capsys):
+  """S1 elsewhere, S2 from it; then S2 is to go on with another learning rate."""
+  assert main(['train', '--config=configs/s1.py:tiny', f'--workdir={tmp_path / "one"}',
+               *smallest(steps=3, save_every=3, evaluate_every=3)]) == 0
+  run = [each for each in settings(tmp_path / 'two') if not each.startswith('--until')]
+  run += ['--from=s2', '--until=s2']
+  capsys.readouterr()
+  assert main(run) == 2 and 'give a folder with --init=DIR' in capsys.readouterr().err
+  assert main([*run, f'--init={tmp_path / "one"}']) == 0
+  out = capsys.readouterr().out
+  assert '== s2 (stage 1 of 1)' in out and 'all 1 stages done' in out
+  assert json.loads((tmp_path / 'two/plan.json').read_text()) == {
+    's2': {'init': str(tmp_path / 'one')}}
+  assert set(json.loads((tmp_path / 'two/s2/times.json').read_text())) == {'train', 'measure'}
+  assert main([*run, f'--init={tmp_path / "one"}', '--set=s2.optim.peak_lr=0.1']) == 2
+  assert 's2 (stage 1 of 1) failed (ValueError). What is finished is kept' in (
+    capsys.readouterr().err)
 
 
 @pytest.mark.slow
