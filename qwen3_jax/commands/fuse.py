@@ -5,11 +5,16 @@ conversations of --plain (and --translation) are kept where they meet their chec
 goes to WORKDIR/fused.jsonl, a part of it to WORKDIR/heldout.jsonl, its counts to report.json. Run
 the same command again and it goes on where it was. Exit code 75: records failed, run it again.
 
+With --config=configs/fuse.py:distill, --model is a teacher and --plain are questions too, which it
+answers without thinking: its right answers in both modes are what a student learns first.
+
 Examples:
   python -m qwen3_jax fuse --model=runs/rl --queries='cold/*/accepted.jsonl' --workdir=runs/fuse \\
     --plain='chats/*.jsonl' --translation='translations/*.jsonl' --judge=http://localhost:8000/v1
   python -m qwen3_jax train --config=configs/fusion.py:8b --init=runs/rl --workdir=runs/fusion \\
     --config.data.sources="(('runs/fuse/fused.jsonl', 1.0),)"
+  python -m qwen3_jax fuse --config=configs/fuse.py:distill --model=Qwen3-32B \\
+    --queries='questions/*.jsonl' --plain='questions/*.jsonl' --workdir=runs/taught
 """
 import json
 
@@ -28,7 +33,7 @@ def add_arguments(parser):
   parser.add_argument('--queries', required=True, action='append', metavar='FILES',
                       help='questions with reference answers')
   parser.add_argument('--plain', required=True, action='append', metavar='FILES',
-                      help='conversations answered without thinking')
+                      help='conversations answered without thinking (questions for a teacher)')
   parser.add_argument('--translation', action='append', metavar='FILES',
                       help='conversations that translate')
   parser.add_argument('--judge', metavar='MODEL', help='writes and scores checklists; without it '

@@ -27,7 +27,7 @@ STUCK = 3
 
 METHODS = {'pretrain': 'qwen3_jax.stages.pretrain', 'sft': 'qwen3_jax.stages.sft',
            'reward': 'qwen3_jax.stages.reward', 'dpo': 'qwen3_jax.stages.dpo',
-           'rl': 'qwen3_jax.stages.rl'}
+           'rl': 'qwen3_jax.stages.rl', 'distill': 'qwen3_jax.stages.distill'}
 
 # What a run that is continued may change: how far, how often, on which machine; not what it learns.
 FREE = ('steps', 'epochs', 'save_every', 'keep', 'evaluate_every', 'mesh', 'remat', 'micro_batches',

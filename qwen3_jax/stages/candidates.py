@@ -6,8 +6,8 @@ from qwen3_jax.stages.queries import ask, is_right, settle
 from qwen3_jax.stages.records import Accept, Fail, Reject, Rows, load_line
 
 
-def begin_candidates(_, model=None, n=4, prompt='{question}', sampling=None):
-  """`n` answers of a model that thinks to each query, which of them are right, and the pass rate.
+def begin_candidates(_, model=None, n=4, prompt='{question}', sampling=None, enable_thinking=True):
+  """`n` answers of a model to each query, which of them are right, and the pass rate.
 
   A query without one right answer is rejected: a person should look at it. Queries that bring
   'candidates' of their own are only judged, and `model` may then be None.
@@ -16,8 +16,8 @@ def begin_candidates(_, model=None, n=4, prompt='{question}', sampling=None):
 
   def decide(records):
     asked = [record for record in records if 'candidates' not in record]
-    answers = iter(responder.respond([ask(record, prompt) for record in asked], n, sampling)
-                   if asked else ())
+    answers = iter(responder.respond([ask(record, prompt) for record in asked], n, sampling,
+                                     enable_thinking) if asked else ())
     return [judge_candidates(record, record['candidates']) if 'candidates' in record
             else judge_candidates(record, next(answers), prompt) for record in records]
   return decide

@@ -11,6 +11,11 @@ TINY = dict(
     moe=Spec(layers=4, width=128, heads=4, kv_heads=2, mlp=384, vocab=2048, head_width=32,
              tied=True, max_position=1024, stop_ids=(), experts=16, chosen=4, expert_mlp=96))
 
+# Students of strong-to-weak distillation (report, section 4.5). The tiny one is smaller than its
+# teacher, which is the tiny model.
+STUDENTS = '0.6b', '1.7b', '4b', '8b', '14b', '30b-a3b'
+STUDENT = dict(layers=3, width=96, heads=3, kv_heads=1, mlp=288)
+
 # What the tiny models learn to reason about: problems that a few minutes suffice for.
 REASONING = 'tasks:kinds=chain+coin+compass,difficulty=1'
 PAIRS = REASONING.replace('tasks', 'pairs', 1)  # the same solved right, and wrong
@@ -166,4 +171,17 @@ def reinforcement(stage, arg, **own):
       config.lora.rank = 16
   for name, values in own.items():
     config[name].update(values)
+  return config
+
+
+def make_student(config, arg):
+  """The config with the student's model that `arg` names; ValueError where it names none."""
+  size = (arg or 'tiny').split(',')[0]
+  if size == 'tiny':
+    config.model.update(STUDENT)
+    if config.model.experts:
+      config.model.update(dict(experts=8, chosen=2))
+  elif size not in STUDENTS:
+    raise ValueError(f'config argument {arg!r}: want {", ".join(STUDENTS)}, or tiny, or tiny,moe: '
+                     'a larger model is a teacher')
   return config

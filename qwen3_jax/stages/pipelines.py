@@ -113,15 +113,17 @@ def _decontaminate(config, own):
 
 
 def _candidates(config, own):
-  return dict(begin=functools.partial(candidates.begin_candidates, **_sampling(own)))
+  return dict(begin=functools.partial(
+    candidates.begin_candidates, **_sampling(own, own['enable_thinking'])))
 
 
 def _responses(config, own):
   keep, thinking = own.pop('keep'), own.pop('thinking')
+  thinks = config.candidates.enable_thinking  # who was not to think need not show how
   return dict(parallel=True, begin=functools.partial(
-    _begin_responses, keep=keep, thinking=thinking and not config.read.solutions,
+    _begin_responses, keep=keep, thinking=thinking and thinks and not config.read.solutions,
     repetitions=_plain(config.repetition), mixing=_plain(config.languages),
-    guess=_plain(config.guess), similar=_plain(config.similar),
+    guess=_plain(config.guess) if thinks else None, similar=_plain(config.similar),
     tests=tuple(config.decontaminate.tests)))
 
 

@@ -10,7 +10,7 @@ from qwen3_jax import mesh as alphabet
 from qwen3_jax.data import queries
 from qwen3_jax.environments import records as episodes
 from qwen3_jax.model import transformer
-from qwen3_jax.stages import load, placement, pretrain, scorers
+from qwen3_jax.stages import load, placement, pretrain, rollouts, scorers
 from qwen3_jax.stages import run as stage
 from qwen3_jax.stages.curriculum import Curriculum, key
 from qwen3_jax.stages.experience import Experience
@@ -48,7 +48,7 @@ def run(config, workdir, tokenizer):
         config.seed, config.curriculum.high, used_questions(config.data.used)),
       heldout=heldout_prompts(config), router=scorers.open_router(config.rewards, mesh),
       controller=Controller(**config.entropy) if settings.entropy == 'bonus' else None,
-      values=trainer_values(config, settings, dtype, tokenizer.size),
+      values=rollouts.trainer_values(config, settings.temperature, dtype, tokenizer.size),
       reference=reference_values(config, spec, settings, dtype, tokenizer.size, mesh))
   return stage.train(config, workdir, spec=spec, loss=loss, open_loader=open_experience,
                      report=policy.report, micro_rows=config.micro_rows, mesh=train_mesh)
@@ -56,36 +56,19 @@ def run(config, workdir, tokenizer):
 
 def check(config, spec, settings):
   """ValueError for settings that contradict one another, before anything is computed."""
+  rollouts.check(config, spec)
   r = config.rollout
   wrong = None
-  if not config.init:
-    wrong = 'reinforcement learning improves a model that answers: give one with --init=DIR'
-  elif jax.process_count() > 1:
-    wrong = ('reinforcement learning runs in one process so far: start it on one host (of any '
-             'number of chips)')
-  elif r.prompts < r.updates or min(r.prompts, r.samples, r.updates, r.rounds) < 1:
-    wrong = (f'config.rollout has {r.prompts} prompts for {r.updates} updates of {r.samples} '
-             f'samples, {r.rounds} rounds: all must be at least 1, and every update needs a prompt')
-  elif r.samples < 2:
+  if r.samples < 2:
     wrong = 'config.rollout.samples is 1: an advantage compares the samples of a prompt; want 2'
-  elif config.placement.ahead and config.placement.kind == 'colocated':
-    wrong = ('config.placement.ahead draws the next rollout beside the training: it needs chips of '
-             "its own, config.placement.kind 'split' or 'by_slice'")
+  elif r.rounds < 1:
+    wrong = f'config.rollout.rounds is {r.rounds}; want at least 1'
   elif settings.temperature != r.temperature:
     wrong = (f'config.policy.temperature is {settings.temperature}, config.rollout.temperature '
              f'{r.temperature}: the loss must see the distribution that was drawn from')
-  elif r.old not in ('trainer', 'engine') or r.overlong not in ('mask', None):
-    wrong = (f"config.rollout has old={r.old!r}, overlong={r.overlong!r}; want 'trainer' or "
-             "'engine', and 'mask' or None")
   elif r.old == 'engine' and settings.correction:
     wrong = ("config.rollout.old='engine' makes the engine's policy the old one, so there is "
              'nothing to correct: set config.policy.correction=None')
-  elif r.replay not in (None, 'engine', 'trainer') or r.replay and not spec.experts:
-    wrong = (f"config.rollout.replay is {r.replay!r}; want 'engine' (R3) or 'trainer' (R2) for a "
-             'mixture of experts, None for a dense model')
-  elif config.micro_rows and config.data.batch % config.micro_rows:
-    wrong = (f'config.data.batch is {config.data.batch}: rows come in multiples of it, so it must '
-             f'be one of config.micro_rows ({config.micro_rows})')
   elif config.save_every and config.save_every % r.updates and r.updates > 1:
     wrong = (f'config.save_every is {config.save_every}; take a multiple of config.rollout.updates '
              f'({r.updates}), so that no batch waits while a checkpoint is written')
@@ -130,24 +113,13 @@ def heldout_prompts(config):
   return list(found.values())
 
 
-def trainer_values(config, settings, dtype, size):
-  """values(params, batch) -> (log-probabilities (B, T), routes (B, T, layers, X) or None)."""
-  wants_routes = config.rollout.replay == 'trainer'
-
-  def values(params, batch):
-    logp_BT, _, routes = policy.token_values(params, batch, temperature=settings.temperature,
-                                             size=size, remat=config.remat, dtype=dtype)
-    return logp_BT, routes.transpose(1, 2, 0, 3) if wants_routes else None
-  return jax.jit(values)
-
-
 def reference_values(config, spec, settings, dtype, size, mesh):
   """values(batch) of the reference model, `config.reference` or `init`; None without a beta."""
   if not settings.beta:
     return None
   with jax.set_mesh(alphabet.make_mesh(dict(mesh.shape))):
     params = load.load_params(config.reference or config.init, spec, mesh, dtype)
-  values = trainer_values(config, settings, dtype, size)
+  values = rollouts.trainer_values(config, settings.temperature, dtype, size)
 
   def of_reference(batch):
     batch = {name: x for name, x in batch.items() if name != 'routes_BTLX'}

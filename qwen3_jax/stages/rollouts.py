@@ -17,6 +17,7 @@ from qwen3_jax.generation.engine import Engine
 from qwen3_jax.generation.sampling import Sampling
 from qwen3_jax.stages import parity, samples, tally
 from qwen3_jax.stages.placement import hand_over
+from qwen3_jax.training import policy
 
 
 class Rollouts:
@@ -69,6 +70,10 @@ class Rollouts:
     batch = self.ready.pop(0)
     frozen = self.config.lora.rank is not None
     self.spend(batch, lambda length: self.spec.flops_per_token(length, frozen))
+    return self.finish(batch)
+
+  def finish(self, batch):
+    """The batch that is trained on, as global arrays."""
     return self.spread(batch)
 
   def spread(self, batch):
@@ -282,3 +287,42 @@ def forward_flops(spec, length):
 def rewards_of(scored):
   """The rewards of `Scored`s as numbers, NaN where missing."""
   return [math.nan if each is None or each.reward is None else each.reward for each in scored]
+
+
+def check(config, spec):
+  """ValueError for settings of rollouts that contradict one another."""
+  r = config.rollout
+  wrong = None
+  if not config.init:
+    wrong = f'{config.method} improves a model that answers: give one with --init=DIR'
+  elif jax.process_count() > 1:
+    wrong = (f'{config.method} runs in one process so far: start it on one host (of any number of '
+             'chips)')
+  elif r.prompts < r.updates or min(r.prompts, r.samples, r.updates) < 1:
+    wrong = (f'config.rollout has {r.prompts} prompts for {r.updates} updates of {r.samples} '
+             'samples: all must be at least 1, and every update needs a prompt')
+  elif config.placement.ahead and config.placement.kind == 'colocated':
+    wrong = ('config.placement.ahead draws the next rollout beside the training: it needs chips of '
+             "its own, config.placement.kind 'split' or 'by_slice'")
+  elif r.old not in ('trainer', 'engine') or r.overlong not in ('mask', None):
+    wrong = (f"config.rollout has old={r.old!r}, overlong={r.overlong!r}; want 'trainer' or "
+             "'engine', and 'mask' or None")
+  elif r.replay not in (None, 'engine', 'trainer') or r.replay and not spec.experts:
+    wrong = (f"config.rollout.replay is {r.replay!r}; want 'engine' (R3) or 'trainer' (R2) for a "
+             'mixture of experts, None for a dense model')
+  elif config.micro_rows and config.data.batch % config.micro_rows:
+    wrong = (f'config.data.batch is {config.data.batch}: rows come in multiples of it, so it must '
+             f'be one of config.micro_rows ({config.micro_rows})')
+  if wrong:
+    raise ValueError(wrong)
+
+
+def trainer_values(config, temperature, dtype, size):
+  """values(params, batch) -> (log-probabilities (B, T), routes (B, T, layers, X) or None)."""
+  wants_routes = config.rollout.replay == 'trainer'
+
+  def values(params, batch):
+    logp_BT, _, routes = policy.token_values(params, batch, temperature=temperature, size=size,
+                                             remat=config.remat, dtype=dtype)
+    return logp_BT, routes.transpose(1, 2, 0, 3) if wants_routes else None
+  return jax.jit(values)

@@ -104,8 +104,8 @@ class Faults:
 
   `thinking`: the reasoning stands apart, and an answer without is a guess; else a worked solution
   is its own reasoning. `tests` are files of validation items. The other arguments are those of the
-  rules. In this order: unfinished, wrong answer, repetition, guess, inconsistent, language mixing,
-  close to validation.
+  rules; `guess` None leaves that one out. In this order: unfinished, wrong answer, repetition,
+  guess, inconsistent, language mixing, close to validation.
   """
 
   def __init__(self, thinking, repetitions, mixing, guess, tests=(), similar=None):
@@ -127,7 +127,8 @@ class Faults:
     worked, stated = (reasoning, content) if reasoning or self.thinking else (content, '')
     for rule, find in (
         ('repetition', functools.partial(repetition.find_repetition, whole, **self.repetitions)),
-        ('guess', functools.partial(filters.find_guess, worked, stated, **self.guess)),
+        ('guess', lambda: self.guess is not None and filters.find_guess(
+          worked, stated, **self.guess)),
         ('inconsistent', functools.partial(filters.find_inconsistency, reasoning, content)),
         ('language mixing', functools.partial(find_mixing, whole, record['question'], self.mixing)),
         ('close to validation', lambda: self.index and filters.find_similar(

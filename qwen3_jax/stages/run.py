@@ -26,7 +26,8 @@ def train(config, workdir, *, spec, loss, open_loader, heldout=None, make=transf
   `loss(params, batch)` and `report(sums)` are the stage's (see `training.step.make_step`, also for
   `micro_rows`); `open_loader(mesh)` gives its stream of batches (`data.packing.Loader`) with
   `heldout(mesh)` {name: global batches} beside it, or what makes batches of the present weights
-  (`experience.Experience`), which measures by itself.
+  (`rollouts.Rollouts`), which measures by itself, and whose `frozen`, if it has that, are weights
+  that the loss takes behind the batch: a teacher's head, of the batch last drawn.
   `make(spec, seed)` builds random weights, `restore(folder, spec, mesh, dtype)` those of
   `config.init` (float32 without `dtype`). With `config.lora.rank` adapters alone are trained.
   `mesh`: instead of one over all devices.
@@ -60,7 +61,7 @@ def train(config, workdir, *, spec, loss, open_loader, heldout=None, make=transf
     compiled = jax.jit(step, donate_argnums=0, out_shardings=out)
 
     def step(state, batch):
-      state, values = compiled(state, batch, *frozen)
+      state, values = compiled(state, batch, *frozen, *getattr(loader, 'frozen', ()))
       return state, values | getattr(loader, 'notes', {})
 
     def draw(params, number):
@@ -107,8 +108,8 @@ def adapt(config, workdir, spec, mesh, loss, make, restore):
   def make_adapters(spec, seed=0):
     return lora.make(spec, **options, seed=seed, extra=lora.extra(make(spec, seed)))
 
-  def adapted(adapters, batch, base):
-    return loss(lora.attach(base, adapters), batch)
+  def adapted(adapters, batch, base, *frozen):
+    return loss(lora.attach(base, adapters), batch, *frozen)
   count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: make_adapters(spec))))
   print(f'LoRA of rank {options["rank"]} on {", ".join(targets)}: training {count:,} parameters, '
         f'{spec.parameters():,} frozen', flush=True)

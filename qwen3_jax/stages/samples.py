@@ -18,6 +18,7 @@ class Sample:
   rollout_logp: np.ndarray  # 0 in the prompt
   routes: np.ndarray | None = None  # (T, MoE layers, X)
   group: int = 0
+  teacher: int = 0  # the number of the one that scores it
   advantage: float | np.ndarray = 0.0
   scale: float = 0.0  # see `training.advantage.aggregate`
   old_logp: np.ndarray | None = None
