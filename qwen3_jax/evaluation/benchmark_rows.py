@@ -15,8 +15,11 @@ import random
 import re
 from pathlib import Path
 
+from etils import epath
+
 from qwen3_jax.data import files, query_files
 from qwen3_jax.rewards import instructions
+from qwen3_jax.rewards.response import Response
 
 STEPS = 'Please reason step by step, and put your final answer within \\boxed{}.'
 LETTER = 'Please reason step by step, and put the letter of your answer within \\boxed{}.'
@@ -74,6 +77,22 @@ def finish(shaped, row, name, ask=''):
   return record | kept | {
     'id': f'{name}/{record.get("id", number.hexdigest())}', 'benchmark': name,
     'verifiers': verifiers, 'messages': [*record['messages'][:-1], last]}
+
+
+def solve(record):
+  """The Response that the data have as right, without reasoning; None where they have none."""
+  if 'tests' in record:
+    content = f'```python\n{record["solution"]}\n```' if 'solution' in record else None
+  elif 'expected_calls' in record:
+    calls = tuple({'name': name, 'arguments': {
+      key: given[0] for key, values in wanted.items() if (given := [v for v in values if v != ''])}}
+      for call in record['expected_calls'] for name, wanted in call.items())
+    return Response('', '', '', calls, 0, 'stop')
+  elif 'schema' in record:
+    content = json.dumps(record['schema']['const'])
+  else:
+    content = f'\\boxed{{{record["answer"]}}}' if 'answer' in record else None
+  return None if content is None else Response(content, '', content, (), 0, 'stop')
 
 
 # Files.
@@ -147,7 +166,7 @@ def solved(row, path):
   """question or problem, and answer (a text that may end in #### 42) or solution (with a \\boxed{})
   """
   row = _lower(row)
-  question = row.get('question') or row.get('problem') or row.get('prompt')
+  question = next((row[key] for key in ('question', 'problem', 'prompt') if key in row), None)
   answer = _whole(row.get('answer'))
   made = {'question': _text(question, row), 'answer': answer}
   if row.get('solution') is not None:
@@ -199,9 +218,9 @@ def choice(row, path):
   else:
     row = _lower(row)
     question = row['question']
-    given = row.get('choices') or row.get('options') or [row[key] for key in 'abcd']
     if isinstance(question, dict):
-      question, given = question['stem'], question['choices']
+      question, row = question['stem'], row | {'choices': question['choices']}
+    given = row.get('choices') or row.get('options') or [row[key] for key in 'abcd']
     if isinstance(given, dict):
       given = [{'text': text, 'label': label} for text, label in zip(given['text'], given['label'])]
     labels = [each['label'] if isinstance(each, dict) else letter
@@ -280,7 +299,7 @@ def bfcl(row, path):
 def _possible_answers(path):
   if not path.is_file():
     return {}
-  return {row['id']: row['ground_truth'] for _, row in read_rows(path)}
+  return {row['id']: row['ground_truth'] for _, row in read_rows(epath.Path(path))}
 
 
 def arc_agi(row, path):

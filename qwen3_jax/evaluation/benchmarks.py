@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import fnmatch
 import re
 import statistics
 from collections.abc import Callable
@@ -293,7 +294,7 @@ def _find_files(name, entry, folder):
     root = Path(folder).expanduser()
     tried = [*entry.files, *(f'{name}.{kind}{packed}' for kind in KINDS for packed in PACKED)]
     own = [pattern.partition('/')[2] for pattern in entry.files
-           if pattern.startswith(f'{root.name}/')]
+           if fnmatch.fnmatch(root.name, pattern.partition('/')[0])]
     for pattern in own + tried:
       with contextlib.suppress(FileNotFoundError):
         found = [path for path in files.find(f'{root}/{pattern}')
