@@ -1,8 +1,9 @@
-"""Writes the report of a run: curves, samples and figures on one HTML page.
+"""Writes the report of a run: curves, tables, transcripts and figures on one HTML page.
 
-Reads DIR/<stage>/metrics.jsonl, config.json, samples.json and probe.json of every stage (or those
-of DIR itself, for a single run), and DIR/facts.json; what is missing is left out. The page needs
-no network and no scripts.
+Reads DIR/<stage>/metrics.jsonl, config.json, samples.json, modes.json and what else every stage has
+kept (or those of DIR itself, for a single run), DIR/comparison.json and DIR/facts.json; what is
+missing is left out. The page needs no network and no scripts. Every figure is written into a folder
+beside it too, as SVG and as PNG.
 
 Examples:
   python -m qwen3_jax report --workdir=runs/tiny
@@ -11,7 +12,9 @@ Examples:
 
 from pathlib import Path
 
-from qwen3_jax.evaluation.report import list_versions, read_json, read_stages, write_report
+from qwen3_jax.evaluation.pictures import write_pictures
+from qwen3_jax.evaluation.report import write_report
+from qwen3_jax.evaluation.workdir import list_versions, read_json, read_stages
 
 
 def add_arguments(parser):
@@ -26,10 +29,14 @@ def main(args):
 
 
 def write(workdir, path=None, title=None):
-  """Writes the page of the run in `workdir`; returns its path."""
+  """Writes the page of the run in `workdir` and its pictures; returns the page's path."""
   stages = read_stages(workdir)
   facts = read_json(workdir / 'facts.json') or {}
   path = path or workdir / 'report.html'
   title = title or f'Qwen3 in JAX: {workdir.resolve().name}'
-  write_report(path, title, stages, {'versions': list_versions()} | facts)
+  write_report(path, title, stages, {'versions': list_versions()} | facts,
+               read_json(workdir / 'comparison.json'))
+  problem = write_pictures(path, path.parent / f'{path.stem}_figures')
+  if problem:
+    print(f'figures are SVG only: {problem}')
   return path.resolve()

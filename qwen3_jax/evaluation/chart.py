@@ -5,21 +5,27 @@ import math
 import re
 from typing import NamedTuple
 
+from qwen3_jax.evaluation.style import COLORS
+
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 40, 40
 UNITS = ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k'))
 UNSAFE = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
 
 
 class Series(NamedTuple):
-  """One line of a chart; those of one name share a legend entry and a colour (0 to 3).
+  """One line of a chart; those of one name share a legend entry and a colour.
 
-  `style` is 'line', 'faint' (raw values behind a smoothed line), 'dashed' or 'dots'.
+  `color` is any whole number: the lines from the fifth on differ by dashes too. `style` is 'line',
+  'faint' (raw values behind a smoothed line), 'dashed' or 'dots'. `low` and `high`, where given,
+  are the ends of each value's interval, which is shaded.
   """
   name: str
   xs: list
   ys: list
   color: int = 0
   style: str = 'line'
+  low: list = ()
+  high: list = ()
 
 
 class Band(NamedTuple):
@@ -34,11 +40,11 @@ def draw(series, x_label, y_label, width=520, height=250, bands=(), log=False, z
 
   `log` makes the y axis logarithmic, `zero` starts it at 0.
   """
-  series = [each._replace(xs=xs, ys=ys) for each in series for xs, ys in [_clean(each, log)] if xs]
+  series = [each for each in (_clean(each, log) for each in series) if each.xs]
   if not series:
     return ''
   xs = [x for each in series for x in each.xs] + [x for band in bands for x in band[1:]]
-  ys = [y for each in series for y in each.ys] + [0] * zero
+  ys = [y for each in series for y in (*each.ys, *each.low, *each.high)] + [0] * zero
   x_ticks = find_ticks(min(xs), max(xs), width / 90)
   y_low, y_high, y_ticks = _lay_out_y(min(ys), max(ys), height, log)
   x_of = _scale(min(xs), max(xs), LEFT, width - RIGHT)
@@ -52,6 +58,7 @@ def draw(series, x_label, y_label, width=520, height=250, bands=(), log=False, z
     f'<text class="name" x="{width - RIGHT}" y="{height - 6}" text-anchor="end">'
     f'{escape(x_label)}</text>',
     f'<text class="name" x="2" y="12">{escape(y_label)}</text>',
+    *[part for each in series if each.low for part in _draw_area(each, x_of, y_of)],
     *[part for each in series for part in _draw_series(each, x_of, y_of)],
     *_draw_hovers(series, x_label, x_of, width, height),
     '</svg>']
@@ -64,8 +71,9 @@ def draw_legend(series):
   swatch = '<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true">{}</svg>{}'
   return '<p class="legend">' + ''.join(
     '<span>' + swatch.format(
-      f'<path class="c{each.color} {each.style}" d="M1 5H25"/>'
-      + (f'<circle class="c{each.color}" cx="13" cy="5" r="3"/>' if each.style == 'dots' else ''),
+      f'<path class="{_look(each)}" d="M1 5H25"/>'
+      + (f'<circle class="c{each.color % COLORS}" cx="13" cy="5" r="3"/>'
+         if each.style == 'dots' else ''),
       escape(each.name)) + '</span>'
     for each in entries.values()) + '</p>'
 
@@ -107,9 +115,18 @@ def find_ticks(low, high, count):
 
 
 def _clean(series, log):
-  pairs = [(x, y) for x, y in zip(series.xs, series.ys)
-           if x is not None and y is not None and math.isfinite(y) and (y > 0 or not log)]
-  return [x for x, _ in pairs], [y for _, y in pairs]
+  """The series without the points that have no place in the chart."""
+  rows = [(x, y, *ends) for x, y, *ends in zip(series.xs, series.ys, *filter(
+    len, (series.low, series.high))) if None not in (x, y, *ends)
+    and all(math.isfinite(v) and (v > 0 or not log) for v in (y, *ends))]
+  columns = [list(column) for column in zip(*rows)] or [[], []]
+  return series._replace(xs=columns[0], ys=columns[1], low=columns[2] if columns[2:] else (),
+                         high=columns[3] if columns[2:] else ())
+
+
+def _look(series):
+  dashes = series.color // 4 % 3 if series.style in ('line', 'dots') else 0
+  return f'c{series.color % COLORS} {series.style}' + (f' d{dashes}' if dashes else '')
 
 
 def _lay_out_y(low, high, height, log):
@@ -138,9 +155,11 @@ def _draw_bands(bands, x_of, height):
     name = escape(band.name)
     yield (f'<rect class="band b{i % 2}" x="{x:.1f}" y="{TOP}" width="{max(wide, 0):.1f}" '
            f'height="{height - TOP - BOTTOM}"><title>{name}</title></rect>')
-    if wide > 7 * len(band.name):
+    short = next((each for each in (band.name, band.name.split()[0], '')
+                  if wide > 7 * len(each)), '')
+    if short:
       yield (f'<text class="band" x="{x + wide / 2:.1f}" y="{TOP - 7}" text-anchor="middle">'
-             f'{name}</text>')
+             f'{escape(short)}</text>')
 
 
 def _draw_axes(x_ticks, y_ticks, x_of, y_of, width, height):
@@ -157,13 +176,19 @@ def _draw_axes(x_ticks, y_ticks, x_of, y_of, width, height):
     yield f'<text x="{x}" y="{base + 17}" text-anchor="middle">{format_number(tick, 1e3)}</text>'
 
 
+def _draw_area(series, x_of, y_of):
+  edge = [*zip(series.xs, series.low), *reversed(list(zip(series.xs, series.high)))]
+  path = 'L'.join(f'{x_of(x):.1f} {y_of(y):.1f}' for x, y in edge)
+  yield f'<path class="area c{series.color % COLORS}" d="M{path}Z"/>'
+
+
 def _draw_series(series, x_of, y_of):
   points = [(x_of(x), y_of(y)) for x, y in _thin(list(zip(series.xs, series.ys)))]
   path = 'M' + 'L'.join(f'{x:.1f} {y:.1f}' for x, y in points)
   dots = series.style == 'dots' and len(points) <= 60 or len(points) == 1
-  yield f'<path class="c{series.color} {series.style}" d="{path}"/>'
+  yield f'<path class="{_look(series)}" d="{path}"/>'
   for x, y in points if dots else ():
-    yield f'<circle class="c{series.color}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>'
+    yield f'<circle class="c{series.color % COLORS}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>'
 
 
 def _thin(points, limit=600):

@@ -22,8 +22,9 @@ def write_rewards(stages, title):
 
 
 def is_reinforcement(stage):
-  """Whether the stage's loss is that of a policy, which is no likelihood of a text."""
-  return any('reward' in line for line in stage.get('metrics') or ())
+  """Whether the stage's loss is that of a policy on rewards, which is no likelihood of a text."""
+  method = (stage.get('config') or {}).get('method', 'rl')
+  return method == 'rl' and any('reward' in line for line in stage.get('metrics') or ())
 
 
 def _points(stage, key):
@@ -45,27 +46,37 @@ def _row(stage, name):
 
 
 def _write_charts(stage, name):
-  def curve(key, label, color=0, style='line'):
-    return Series(label, *_points(stage, key), color, style)
-  rewards = [curve('reward', 'rollouts', 0, 'faint'),
-             curve('heldout_reward', 'held-out', 1, 'dots'),
-             curve('heldout_reward_low', 'held-out, 95 %', 1, 'dashed'),
-             curve('heldout_reward_high', 'held-out, 95 %', 1, 'dashed')]
-  entropy = [curve('rollout_entropy', 'entropy', 2), curve('entropy_low', 'band', 3, 'dashed'),
+  def curve(key, label, color=0, style='line', low=None, high=None):
+    ends = [_points(stage, each)[1] if each else () for each in (low, high)]
+    return Series(label, *_points(stage, key), color, style, *ends)
+  config = stage.get('config') or {}
+  rewards = [curve('reward', 'rollouts', 0),
+             curve('heldout_reward', 'held-out, 95 % shaded', 1, 'dots', 'heldout_reward_low',
+                   'heldout_reward_high')]
+  entropy = [curve('rollout_entropy', 'entropy', 0), curve('entropy_low', 'band', 3, 'dashed'),
              curve('entropy_high', 'band', 3, 'dashed')]
-  length = [curve('answer_tokens', 'tokens of an answer', 3)]
-  parts = sorted({key for line in stage['metrics'] for key in line
-                  if key.startswith('heldout_reward_') and key.rpartition('_')[2] not in (
-                    'low', 'high')})
-  kinds = [curve(key, key.removeprefix('heldout_reward_'), i % 4) for i, key in enumerate(parts)]
+  parity = [curve('parity_max', 'largest', 1, 'dots'), curve('parity_mean', 'mean', 0, 'dots')]
+  xs, gate = parity[1].xs, (config.get('parity') or {}).get('mean')
+  parity += [Series('gate of the mean', xs, [gate] * len(xs), 3, 'dashed')] if gate else []
   figures = [
     write_figure(f'{name}: reward', 'Each rollout of new prompts, and held-out prompts.', rewards,
                  'updates', 'reward'),
     write_figure(f'{name}: entropy', 'Of the policy, in nats a token; dashed: the band that its '
                  'controller aims at.', entropy, 'updates', 'nats', zero=True),
-    write_figure(f'{name}: length', 'Tokens that an answer has.', length, 'updates', 'tokens',
-                 zero=True),
+    write_figure(f'{name}: length', 'Tokens that an answer has.',
+                 [curve('answer_tokens', 'tokens of an answer')], 'updates', 'tokens', zero=True),
+    write_figure(f'{name}: parity', "Engine's against trainer's log-probabilities of the drawn "
+                 'tokens: absolute difference, logarithmic.', parity, 'updates', 'nats', log=True),
     write_figure(f'{name}: held-out reward by source', 'Each source of prompts by itself.',
-                 kinds[:8], 'updates', 'reward')]
+                 _by_name(stage, 'heldout_reward_')[:8], 'updates', 'reward'),
+    write_figure(f'{name}: parts of the reward', 'Each verifier by itself, on the rollouts.',
+                 _by_name(stage, 'reward_')[:8], 'updates', 'mean')]
   return f'<div class="grid">{"".join(filter(None, figures))}</div>'
 
+
+def _by_name(stage, prefix):
+  """A series for each metric that begins with `prefix`, but for the ends of intervals."""
+  keys = sorted({key for line in stage['metrics'] for key in line if key.startswith(prefix)
+                 and key.rpartition('_')[2] not in ('low', 'high')})
+  return [Series(key.removeprefix(prefix), *_points(stage, key), i, 'dots')
+          for i, key in enumerate(keys)]

@@ -1,63 +1,64 @@
-"""The report's tables of what models can do in both modes, and of what the data filters did."""
+"""The report's tables: the stages and their cost, what the data filters did."""
 
-from qwen3_jax.evaluation.chart import Series, draw, draw_legend, escape
+from qwen3_jax.evaluation.chart import escape, format_number
+from qwen3_jax.training.metrics import format_seconds
+
+COLUMNS = ('Stage', 'Starts from', 'Steps', 'Sequence length', 'Tokens trained', 'drawn', 'FLOPs',
+           'Train loss', 'Held-out loss', 'Tokens/s', 'MFU', 'Time', 'with data, measuring')
 
 
-def write_modes(stages, title):
-  """Accuracy in both modes and obedience to flags, a row a stage, and the budget curves.
+def write_stages(stages, title, of_policy):
+  """A row a stage: where it came from, how much it did, at what cost; and the sums.
 
-  `stages` have `modes`, what `evaluation.modes.measure` gave, or nothing; `title(stage)` names one.
+  `of_policy(stage)` says that its loss is no likelihood of a text.
   """
-  measured = [(title(stage), stage['modes']) for stage in stages if stage.get('modes')]
-  if not measured:
+  if not stages:
     return ''
-  rows = [[name, *(_cell(modes.get(part)) for part in ('thinking', 'plain', 'following')),
-           *(f'{modes[part]["tokens"]:.0f}' for part in ('thinking', 'plain'))]
-          for name, modes in measured]
-  count = measured[-1][1]['thinking']['count']
-  table = write_table(('After', 'Thinking', 'Not thinking', 'Last flag obeyed',
-                       'Tokens thinking', 'Tokens not thinking'), rows)
-  return (f'<section><h2>Both modes</h2><p class="soft">Share of right final answers to {count} '
-          'held-out problems that no training data contain, with 95 % intervals; and how often the '
-          'think block obeys the last /think or /no_think of a conversation.</p>'
-          f'{table}{_write_kinds(measured[-1])}{_write_budgets(measured)}</section>')
+  rows = [_row(stage, title(stage), of_policy(stage)) for stage in stages]
+  costs = [stage['cost'] for stage in stages if stage.get('cost')]
+  if len(stages) > 1:
+    steps, seconds = (f(each(stage) for stage in stages) for f, each in (
+      (sum, lambda stage: len(stage.get('metrics') or ())), (sum, lambda s: total(s, 'seconds'))))
+    whole = sum(_whole(stage) or 0 for stage in stages)
+    rows.append(['Together', '', f'{steps:,}', '', format_number(sum(c.trained for c in costs)),
+                 format_number(sum(c.drawn for c in costs)), f'{sum(c.flops for c in costs):.2g}',
+                 '', '', '', '', format_seconds(seconds), format_seconds(whole) if whole else ''])
+  return ('<section><h2>Stages, time and cost</h2><p class="soft">FLOPs are useful ones: 6 for '
+          'each weight and token trained, 2 for each drawn or scored. Train loss is the mean of '
+          'the last 10 steps; speed and MFU are of the last 50. Held-out loss is that of text '
+          f'or, in post-training, of conversations.</p>{write_table(COLUMNS, rows)}</section>')
 
 
-def _cell(graded):
-  if not graded:
-    return '–'
-  return f'{graded["rate"]:.1%} ({graded["low"]:.0%}–{graded["high"]:.0%})'
+def _row(stage, name, of_policy):
+  def shown(x, form):
+    return '–' if x is None else form.format(x)
+  cost, config = stage.get('cost'), stage.get('config') or {}
+  loss = None if of_policy else last(stage, 'loss', 10)
+  return [name, stage.get('origin') or '–', f'{len(stage.get("metrics") or ()):,}',
+          shown((config.get('data') or {}).get('length'), '{:,}'),
+          format_number(cost.trained if cost else total(stage, 'tokens')),
+          format_number(cost.drawn) if cost and cost.drawn else '–',
+          shown(cost and cost.flops, '{:.2g}'), shown(loss, '{:.3f}'),
+          shown(last(stage, 'heldout_loss'), '{:.3f}'),
+          shown(last(stage, 'tokens_per_s', 50), '{:,.0f}'),
+          shown(last(stage, 'mfu', 50), '{:.1%}'), format_seconds(total(stage, 'seconds')),
+          format_seconds(_whole(stage)) if _whole(stage) else '–']
 
 
-def _write_kinds(measured):
-  """The last stage's rates by kind of problem, and its obedience by where the flag stands."""
-  name, modes = measured
-  rows = [[kind, _cell(graded), _cell(modes['plain']['kinds'].get(kind))]
-          for kind, graded in modes['thinking']['kinds'].items()]
-  parts = write_table(('Kind of problem', 'Thinking', 'Not thinking'), rows)
-  if modes.get('following'):
-    rows = [[part, _cell(graded), graded['count']]
-            for part, graded in modes['following']['parts'].items()]
-    parts += write_table(('Flag, or where it stands', 'Obeyed', 'Conversations'), rows)
-  return (f'<details><summary>{escape(name)}: by kind of problem and of flag</summary>{parts}'
-          '</details>')
+def _whole(stage):
+  """Seconds of all tries of a stage, with the making of its data and the measuring; or None."""
+  return sum((stage.get('times') or {}).values()) or None
 
 
-def _write_budgets(measured):
-  curves = [(name, modes['budgets']) for name, modes in measured if modes.get('budgets')]
-  if not curves:
-    return ''
-  series = []
-  for i, (name, points) in enumerate(curves):
-    xs = [point['budget'] for point in points]
-    plain = dict(measured)[name]['plain']['rate']
-    series += [Series(name, xs, [point['rate'] for point in points], i % 4),
-               Series(f'{name}, not thinking', xs, [plain] * len(xs), i % 4, 'dashed')]
-  plot = draw(series, 'thinking budget, tokens', 'accuracy', width=1040, height=320, zero=True)
-  return (f'<figure class="wide"><h3>Accuracy against thinking budget</h3><figcaption>The thinking '
-          'is cut off at the budget by the stop text, and the model answers from what it has; '
-          f'dashed: without thinking.</figcaption>{draw_legend(series)}<div class="plot">{plot}'
-          '</div></figure>')
+def total(stage, key):
+  return sum(line.get(key) or 0 for line in stage.get('metrics') or ())
+
+
+def last(stage, key, window=1):
+  """Mean of the last `window` values of a metric, or None."""
+  values = [line[key] for line in stage.get('metrics') or ()
+            if isinstance(line.get(key), (int, float))]
+  return sum(values[-window:]) / len(values[-window:]) if values else None
 
 
 def write_filters(stages, title):
@@ -79,7 +80,7 @@ def write_filters(stages, title):
       rows = [[name, *(f'{part.get(name, 0):,}' for part in report['mixed'].values())]
               for name in sorted({name for part in report['mixed'].values() for name in part})]
       parts.append(write_table(('Mixed set', *report['mixed']), rows))
-  return f'<section><h2>Data</h2>{"".join(parts)}</section>' if parts else ''
+  return f'<section><h2>Data, by filter and rule</h2>{"".join(parts)}</section>' if parts else ''
 
 
 def write_table(columns, rows):
@@ -87,6 +88,7 @@ def write_table(columns, rows):
   head = ''.join(f'<th scope="col">{escape(name)}</th>' for name in columns)
   body = ''.join(
     f'<tr><th scope="row">{escape(first)}</th>'
-    + ''.join(f'<td>{escape(cell)}</td>' for cell in rest) + '</tr>' for first, *rest in rows)
+    + ''.join(f'<td{" class=long" * (len(str(cell)) > 40)}>{escape(cell)}</td>'.replace(
+      '=long', '="long"') for cell in rest) + '</tr>' for first, *rest in rows)
   return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
           '</div>')
