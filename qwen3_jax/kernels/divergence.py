@@ -107,7 +107,7 @@ def _local(hidden_BTD, head_VD, weight_BT, teacher_BTD, teacher_VD, *, settings,
 
 
 def log_softmax(*inputs):
-  """Log-probabilities on this shard of V, entropies; likely ids have no rounding of large logits."""
+  """Log-probabilities on this shard of V, those near 0 without rounding of logits; entropies."""
   logits_MV, top_M, norm_M, entropy_M = head.softmax(*inputs)
   return (logits_MV - top_M[:, None]) - norm_M[:, None], entropy_M
 
@@ -131,7 +131,7 @@ def compare(logp, logq, kind, mix):
 
 
 def over_chunks(slope, hidden_BTD, head_VD, weight_BT, *of_tokens, temperature, size, gradients,
-                vocab_axes, width_axes, token_axes):
+                vocab_axes=(), width_axes=(), token_axes=()):
   """One device's (sum, values, entropies), and with `gradients` those of the states and the head.
 
   `slope(logp_MV, first, *of_tokens)` gives each token's value and its gradient by the student's
