@@ -203,7 +203,8 @@ def mgsm(row, path):
   else:
     question, number = row
   number = str(_whole(number)).replace(',', '').strip()
-  float(number)  # raises ValueError
+  if not re.fullmatch(r'-?\d+(\.\d+)?', number):
+    raise ValueError(f'the answer is {number!r:.40}')
   return {'question': _text(question, row), 'answer': number, 'group': language}
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import fnmatch
+import glob
 import re
 import statistics
 from collections.abc import Callable
@@ -52,7 +53,7 @@ TABLE = {
   'gsm8k': Entry(
     'Word problems of primary school (Cobbe et al. 2021), 1,319 questions',
     'https://github.com/openai/grade-school-math (data/test.jsonl); MIT',
-    ('gsm8k/test*.jsonl*', 'gsm8k/**/test-*.parquet', 'grade_school_math/**/test.jsonl'),
+    ('gsm8k/test*.jsonl*', 'gsm8k/main/test-*.parquet', 'grade_school_math/data/test.jsonl'),
     rows.solved, rows.STEPS),
   'math': Entry(
     'Competition mathematics (Hendrycks et al. 2021), 5,000 questions',
@@ -89,7 +90,7 @@ TABLE = {
   'mmlu': Entry(
     'Multiple choice in 57 subjects (Hendrycks et al. 2021), 14,042 questions',
     f'https://github.com/hendrycks/test (test/*_test.csv), or {HF}cais/mmlu; MIT',
-    ('mmlu/test/*_test.csv', 'mmlu/**/test-*.parquet', 'mmlu/test*.jsonl*', 'mmlu/*.jsonl*'),
+    ('mmlu/test/*_test.csv', 'mmlu/all/test-*.parquet', 'mmlu/test*.jsonl*', 'mmlu/*.jsonl*'),
     **_CHOICES),
   'mmlu_redux': Entry(
     'Questions of MMLU without those found to be wrong (Gema et al. 2024), about 5,700',
@@ -102,8 +103,8 @@ TABLE = {
   'arc': Entry(
     'Science questions of schools (Clark et al. 2018), 1,172 hard ones',
     f'{HF}allenai/ai2_arc (ARC-Challenge); CC-BY-SA-4.0',
-    ('arc/**/test-*.parquet', 'arc/*Test.jsonl', 'arc/*.jsonl*', 'ARC-Challenge/*Test.jsonl',
-     'ARC-Challenge/test-*.parquet'), **_CHOICES),
+    ('arc/*Test.jsonl', 'arc/*.jsonl*', 'ARC-Challenge/*Test.jsonl', 'ARC-Challenge/test-*.parquet',
+     'arc/ARC-Challenge/test-*.parquet'), **_CHOICES),
   'gpqa': Entry(
     'Questions that experts of another field cannot look up (Rein et al. 2023), 198 of Diamond',
     'https://github.com/idavidrein/gpqa (gpqa_diamond.csv); CC-BY-4.0, not to be published in '
@@ -122,7 +123,7 @@ TABLE = {
   'mbpp': Entry(
     'Short Python programs (Austin et al. 2021), 500 for testing',
     'https://github.com/google-research/google-research (mbpp/mbpp.jsonl); CC-BY-4.0',
-    ('mbpp/test*.jsonl*', 'mbpp/mbpp.jsonl', 'mbpp/*mbpp.json*', 'mbpp/**/test-*.parquet'),
+    ('mbpp/test*.jsonl*', 'mbpp/mbpp.jsonl', 'mbpp/*mbpp.json*', 'mbpp/full/test-*.parquet'),
     rows.mbpp, metric='pass@1'),
   'ifeval': Entry(
     'Instructions that a rule can check (Zhou et al. 2023), 541 prompts',
@@ -288,7 +289,7 @@ def _find_files(name, entry, folder):
   if folder is not None and (name == 'perplexity' and not _has(folder, 'perplexity')):
     return (folder,)
   if folder is not None and Path(folder).expanduser().is_file():
-    return files.find(str(folder))
+    return files.find(glob.escape(str(folder)))
   tried = []
   if folder is not None:
     root = Path(folder).expanduser()
@@ -297,7 +298,7 @@ def _find_files(name, entry, folder):
            if fnmatch.fnmatch(root.name, pattern.partition('/')[0])]
     for pattern in own + tried:
       with contextlib.suppress(FileNotFoundError):
-        found = [path for path in files.find(f'{root}/{pattern}')
+        found = [path for path in files.find(f'{glob.escape(str(root))}/{pattern}')
                  if files.split_name(path)[0] in KINDS and re.search(entry.only, path.name)]
         if found:
           return found

@@ -36,8 +36,9 @@ def token_logp(model, rows, tokens=16_384, dtype=None):
   found, place = [np.zeros(0, np.float32)] * len(rows), 0
   while place < len(order):
     T = min(longest, max(SHORTEST, 1 << (len(rows[order[place]]) - 1).bit_length()))
-    here = [i for i in order[place:place + max(1, tokens // T)] if len(rows[i]) <= T]
-    tokens_BT, segment_BT = np.zeros((2, max(1, tokens // T), T), np.int32)
+    B = min(max(1, tokens // T), 1 << (len(order) - place - 1).bit_length())
+    here = [i for i in order[place:place + B] if len(rows[i]) <= T]
+    tokens_BT, segment_BT = np.zeros((2, B, T), np.int32)
     for b, i in enumerate(here):
       tokens_BT[b, :len(rows[i])], segment_BT[b, :len(rows[i])] = rows[i], 1
     logp_BT = np.asarray(_logp(model, tokens_BT, segment_BT, dtype))

@@ -11,7 +11,7 @@ from qwen3_jax.generation.sampling import NON_THINKING, THINKING
 from qwen3_jax.rewards import code
 from qwen3_jax.rewards.response import Response
 
-FILES = (  # name, file, questions, metric of its own gold answers
+FILES = (  # name, file or folder, questions
   ('gsm8k', 'gsm8k', 250), ('gsm8k', 'gsm8k/train.jsonl.gz', 7473), ('math', 'math', 4498),
   ('math', 'math/train_answers.jsonl.gz', 7468), ('math500', 'math', 99),
   ('svamp', 'svamp_cmath_mmlu/svamp_train700.jsonl', 700),
@@ -265,7 +265,7 @@ def test_every_kind_of_file(tmp_path):
   ('aime24', AIME | {'answer': '1000'}, "the answer is '1000'; wanted problem"),
   ('aime25', AIME | {'problem': '\frac{1}{2}'}, 'control character .* a backslash was lost'),
   ('svamp', {'Body': 'a', 'Question': 'b'}, "no field 'answer'"),
-  ('mgsm', {'question': 'a', 'answer': 'many'}, 'could not convert'),
+  ('mgsm', {'question': 'a', 'answer': 'nan'}, "the answer is 'nan'"),
   ('mmlu', {'question': 'a', 'choices': ['x', 'y'], 'answer': 2}, 'the answer 2 is none of 2'),
   ('arc', ARC | {'answerKey': 'E'}, "the answer 'E' is none"),
   ('gpqa', {'Question': 'a', 'Correct Answer': 'b'}, "no field 'incorrect answer 1'"),

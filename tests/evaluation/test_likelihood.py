@@ -12,6 +12,7 @@ from qwen3_jax.model import hf
 
 FIXTURE = Path(__file__).resolve().parents[1] / 'fixtures' / 'd_moe_mixed'
 TOLERANCE = 1e-4  # of a log-probability in float32
+TOKENS = 64  # at once: few shapes to compile
 
 
 class Letters:
@@ -54,9 +55,11 @@ def read_logits(model, tokens_BT):
   return model.logits(model(tokens_BT).hidden_BTD)
 
 
-def plain_logp(model, rows, T=32):
+def plain_logp(model, rows):
   """For each row of ids, log p of row[1:], from all logits at once; what is behind is padding."""
-  tokens_BT = np.array([row + [0] * (T - len(row)) for row in rows])
+  tokens_BT = np.zeros((40, 64), int)  # one compilation for all tests
+  for b, row in enumerate(rows):
+    tokens_BT[b, :len(row)] = row
   logp = np.asarray(jax.nn.log_softmax(np.asarray(read_logits(model, tokens_BT), np.float64)))
   return [logp[b, np.arange(len(row) - 1), row[1:]] for b, row in enumerate(rows)]
 
@@ -71,7 +74,7 @@ def test_log_probabilities_of_tokens(case):
       size = int(mask.sum())
       rows.append(ids[:size].tolist())
       wanted.append(-loss[:size - 1])
-  found = likelihood.token_logp(model, [[5], *rows, []], tokens=64)
+  found = likelihood.token_logp(model, [[5], *rows, []], TOKENS)
   assert len(found[0]) == len(found[-1]) == 0
   for one, other in zip(found[1:], wanted):
     assert np.abs(one - other).max() < TOLERANCE
@@ -90,7 +93,7 @@ def test_choices_against_logits(case):
     chosen = logp[k - 1, letters]
     wanted.append((float(chosen.argmax() == k % 3),
                    float(np.exp(chosen)[k % 3] / np.exp(chosen).sum())))
-  scores = likelihood.choose(model, Letters(), records)
+  scores = likelihood.choose(model, Letters(), records, TOKENS)
   assert [each.value for each in scores] == [right for right, _ in wanted]
   assert 0 < sum(right for right, _ in wanted) < 12
   for score, (_, probability) in zip(scores, wanted):
@@ -101,7 +104,7 @@ def test_long_choices_per_byte_and_merging_prompts(model):
   """`b ` merges: what is common to all continuations ends before it, for each of them."""
   tokenizer = Letters(pairs=('b ',))
   record = {'prompt': 'aab', 'continuations': [' cat', 'éàüöéà', ' ok'], 'gold': 1}
-  score, = likelihood.choose(model, tokenizer, [record])
+  score, = likelihood.choose(model, tokenizer, [record], TOKENS)
   rows = [tokenizer.encode(record['prompt'] + text, special=False)
           for text in record['continuations']]
   assert rows[0][2] == 200 and rows[1][2] == ord('b')
@@ -117,7 +120,7 @@ def test_long_choices_per_byte_and_merging_prompts(model):
 def test_choices_without_a_prompt_and_too_long_ones(model):
   records = [{'prompt': '', 'continuations': ['a', 'b'], 'gold': 0},
              {'prompt': 'x' * 2000, 'continuations': ['a', 'b'], 'gold': 0}]
-  first, second = likelihood.choose(model, Letters(), records)
+  first, second = likelihood.choose(model, Letters(), records, TOKENS)
   (a,), (b,), _ = plain_logp(model, [[0, 97], [0, 98], [0]])
   assert first.value == float(a > b)
   assert second.value is None and 'longer than the' in second.missing
@@ -129,7 +132,7 @@ def test_perplexity_is_that_of_the_goldens(case):
   model, numbers = case
   ids, loss = numbers['single_input_ids'][0], numbers['single_token_loss'][0]
   text = ''.join(map(chr, ids))
-  found = likelihood.perplexity(model, Letters(), [text, '', 'x'])
+  found = likelihood.perplexity(model, Letters(), [text, '', 'x'], tokens=TOKENS)
   assert found['tokens'] == len(ids) - 1
   assert found['bytes'] == len(''.join(map(chr, ids[1:])).encode())
   assert math.isclose(found['perplexity'], math.exp(loss.mean()), rel_tol=TOLERANCE)
@@ -142,16 +145,15 @@ def test_perplexity_is_that_of_the_goldens(case):
 
 
 def test_sliding_windows_measure_each_token_once(model):
-  text = ''.join(chr(97 + k * k % 23) for k in range(75))
-  found = likelihood.perplexity(model, Letters(), [text], window=20, stride=15)
+  text = ''.join(chr(97 + k * k % 23) for k in range(40))
+  found = likelihood.perplexity(model, Letters(), [text], window=12, stride=8, tokens=TOKENS)
   ids = Letters().encode(text, special=False)
-  begins = [max(0, -(-(t - 19) // 15)) * 15 for t in range(1, 75)]  # the first window with token t
-  total = -sum(logp[-1] for logp in plain_logp(
-    model, [ids[begin:t + 1] for t, begin in enumerate(begins, 1)]))
-  assert found['tokens'] == 74 and abs(found['nll'] - total) < 74 * TOLERANCE
-  whole = likelihood.perplexity(model, Letters(), [text])
-  assert abs(whole['nll'] + plain_logp(model, [ids], 75)[0].sum()) < 74 * TOLERANCE
-  assert abs(whole['nll'] - found['nll']) > 100 * TOLERANCE  # what is cut off does matter
+  begins = [max(0, -(-(t - 11) // 8)) * 8 for t in range(1, 40)]  # the first window with token t
+  *logp, whole = plain_logp(model, [*(ids[begin:t + 1] for t, begin in enumerate(begins, 1)), ids])
+  assert found['tokens'] == 39 and abs(found['nll'] + sum(x[-1] for x in logp)) < 39 * TOLERANCE
+  unbroken = likelihood.perplexity(model, Letters(), [text], tokens=TOKENS)
+  assert abs(unbroken['nll'] + whole.sum()) < 39 * TOLERANCE
+  assert abs(unbroken['nll'] - found['nll']) > 100 * TOLERANCE  # what is cut off does matter
 
 
 @pytest.mark.parametrize('size', [0, 1, 2, 19, 20, 21, 35, 36, 100])
