@@ -4,12 +4,11 @@ A model's answers to one benchmark in one mode under one sampling and budget are
 store (`store.Part`). What a sample draws depends on its record, its number and the seed alone, so
 neither order nor interruptions change it (beyond the rounding of another batch).
 """
-import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import time
 from pathlib import Path
 
 import jax
@@ -18,6 +17,8 @@ import numpy as np
 
 from qwen3_jax.evaluation import benchmarks as catalogue
 from qwen3_jax.evaluation import likelihood, store, summary
+from qwen3_jax.evaluation.board import Tally
+from qwen3_jax.evaluation.workdir import list_versions
 from qwen3_jax.generation import engine, thinking
 from qwen3_jax.generation.sampling import Sampling
 from qwen3_jax.rewards import answers, final
@@ -91,48 +92,57 @@ def make_asks(benchmarks, modes=tuple(MODES), samples=None, budgets=(), max_toke
   return asks
 
 
-def evaluate(model, asks, to, name=None, rows=64, judge=None, progress=None):
+def evaluate(model, asks, to, name=None, rows=64, router=None, mesh=None, progress=None):
   """What a model does on `asks` (see `make_asks`), as a dict that JSON can hold.
 
   `model` is a folder (see `stages.load.find`) or a pair (model, tokenizer), which has a `name`. All
   that is generated is kept below the folder `to` with its score, and what is there already is not
-  generated again; the result is also in `to`/results. `rows` answers are written at once.
+  generated again; the result is also in `to`/results. `router` scores (by default one that
+  `benchmarks.open_router` opens). `rows` answers are written at once; under a `mesh` rows are split
+  over its devices.
   `progress(dict)` is told of every step: part, done and total (problems), rate (so far),
-  tokens_per_s, seconds_left. Returns {'model', 'fingerprint', 'settings', 'parts': [...]}, of which
-  `summary.summarise` says more.
-  Raises RuntimeError where records have code and this machine no sandbox to run it in.
+  tokens_per_s, seconds_left, ended. Returns {'model', 'fingerprint', 'settings', 'parts'}, a list
+  of what `summary.summarise` gives. Raises RuntimeError where records have code and this machine
+  no sandbox to run it in.
   """
-  router = catalogue.open_router([ask.benchmark for ask in asks], judge)
+  own = None if router else catalogue.open_router([ask.benchmark for ask in asks])
   try:
     name = name or str(model)
-    model, tokenizer = model if isinstance(model, tuple) else open_model(model)
-    mark = fingerprint(model, tokenizer)
-    decoder, result = None, dict(
-      model=name, fingerprint=mark, settings=dict(rows=rows, dtype=str(model.embed_VD.dtype)),
-      parts=[])
-    for ask in asks:
-      with ask.open(to, mark) as part:
-        if ask.mode in MODES:
-          decoder = decoder or engine.Engine(model, tokenizer, rows).decoder
-          draw(decoder, tokenizer, ask, part, router, rows, progress)
-        else:
-          measure(model, tokenizer, ask, part, progress)
-        result['parts'].append(summary.summarise(ask, part))
-      summary.keep(result, to)
+    model, tokenizer = model if isinstance(model, tuple) else open_model(model, mesh)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+      return _run(model, tokenizer, asks, to, name, rows, router or own, progress)
   finally:
-    router.close()
+    if own:
+      own.close()
+
+
+def _run(model, tokenizer, asks, to, name, rows, router, progress):
+  mark, decoder = fingerprint(model, tokenizer), None
+  settings = dict(rows=rows, dtype=str(model.embed_VD.dtype), versions=list_versions())
+  result = dict(model=name, fingerprint=mark, settings=settings, parts=[])
+  for ask in asks:
+    with ask.open(to, mark) as part:
+      if ask.mode in MODES:
+        decoder = decoder or engine.Engine(model, tokenizer, rows).decoder
+        draw(decoder, tokenizer, ask, part, router, rows, progress)
+      else:
+        measure(model, tokenizer, ask, part, progress)
+      result['parts'].append(summary.summarise(ask, part))
+    summary.keep(result, to)
   return result
 
 
-def open_model(folder):
+def open_model(folder, mesh=None):
   """(model, tokenizer) in the type that this machine computes in."""
   return load.load_model(
-    folder, dtype=jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16)
+    folder, mesh, jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16)
 
 
 def draw(decoder, tokenizer, ask, part, router, rows=64, progress=None):
   """Generates and scores what the part lacks. Scores are computed while the engine goes on."""
-  _score_again(ask, part, router, lambda line: line['score'] is None)
+  kept = {key: part.lines[key] for key in ask.jobs if key in part.lines}
+  _score(ask, part, router, [key for key, line in kept.items()
+                             if 'text' in line and line.get('score') is None])
   runner = engine.Engine(decoder, tokenizer, rows)
   left = [(key, *job) for key, job in ask.jobs.items() if key not in part.lines]
   prompts = {id(record): _encode(tokenizer, record) for _, record, _ in left}
@@ -145,7 +155,7 @@ def draw(decoder, tokenizer, ask, part, router, rows=64, progress=None):
     for first in range(0, len(left), CHUNK * rows):
       chunk = left[first:first + CHUNK * rows]
       _draw_some(runner, ask, part, router, chunk, prompts, scorer, tally)
-  tally.show()
+  tally.show(ended=True)
 
 
 def measure(model, tokenizer, ask, part, progress=None):
@@ -167,20 +177,27 @@ def measure(model, tokenizer, ask, part, progress=None):
     part.add(lines)
     tally.take(lines)
     tally.show()
-  tally.show()
+  tally.show(ended=True)
 
 
 def _draw_some(runner, ask, part, router, chunk, prompts, scorer, tally):
-  """Generates a chunk of jobs; those that end are scored and kept in the scorer's thread."""
+  """Generates a chunk of jobs, keeps each that ends, and has it scored in the scorer's thread."""
   ended, scoring = [], None
   requests = [engine.Request(prompts[id(record)], ask.sampling, int(key[:8], 16), ask.budget)
               for key, record, _ in chunk]
 
+  def take(index, output):
+    key, record, sample = chunk[index]
+    part.add([dict(key=key, id=record['id'], sample=sample, text=output.text,
+                   tokens=len(output.tokens), finish=output.finish_reason,
+                   forced=int(output.forced.sum()))])
+    ended.append(key)
+
   def begin():
-    texts = [(*chunk[index], output) for index, output in ended]
+    keys = list(ended)
     ended.clear()
-    return scorer.submit(_keep_outputs, ask, part, router, texts, tally)
-  for _ in runner.steps(requests, ended=lambda *text: ended.append(text)):
+    return scorer.submit(_score, ask, part, router, keys, tally)
+  for _ in runner.steps(requests, ended=take):
     if ended and (scoring is None or scoring.done()):
       if scoring:
         scoring.result()
@@ -191,22 +208,25 @@ def _draw_some(runner, ask, part, router, chunk, prompts, scorer, tally):
       last.result()
 
 
-def _keep_outputs(ask, part, router, texts, tally):
-  lines = [dict(key=key, id=record['id'], sample=sample, text=output.text,
-                tokens=len(output.tokens), finish=output.finish_reason,
-                forced=int(output.forced.sum())) for key, record, sample, output in texts]
-  scored = score(ask.benchmark, [record for _, record, _, _ in texts], lines, router)
-  part.add(scored)
-  tally.take(scored)
+def _score(ask, part, router, keys, tally=None):
+  """Scores kept generations; how many scores are not those kept before."""
+  lines = [part.lines[key] for key in keys]
+  found = score(ask.benchmark, [ask.jobs[key][0] for key in keys], lines, router)
+  changed = [dict(key=key) | new for key, old, new in zip(keys, lines, found)
+             if not new.items() <= old.items()]
+  part.add(changed)
+  if tally:
+    tally.take([part.lines[key] for key in keys])
+  return len(changed)
 
 
 def score(benchmark, records, lines, router):
-  """Lines with what their texts are worth: `score` (None: `missing` says why), details, answer."""
+  """What texts are worth, a dict each: `score` (None: `missing` says why), details, answer."""
   responses = [Response.read(line['text'], line['tokens'], line['finish']) for line in lines]
   scores = catalogue.score(benchmark, records, responses, router)
-  return [line | dict(score=each.value, details=each.details, missing=each.missing,
-                      answer=find_answer(record, response))
-          for line, record, response, each in zip(lines, records, responses, scores)]
+  return [dict(score=each.value, details=each.details, missing=each.missing,
+               answer=find_answer(record, response))
+          for record, response, each in zip(records, responses, scores)]
 
 
 def find_answer(record, response):
@@ -218,41 +238,26 @@ def find_answer(record, response):
   return answers.find_boxed(tail) or final.find(tail)
 
 
-def _score_again(ask, part, router, chosen):
-  """Scores the kept generations that `chosen(line)` takes; (how many, how many changed)."""
-  kept = {key: job for key, job in ask.jobs.items()
-          if key in part.lines and 'text' in part.lines[key]}
-  records = [record for key, (record, _) in kept.items() if chosen(part.lines[key])]
-  before = [part.lines[key] for key in kept if chosen(part.lines[key])]
-  after = score(ask.benchmark, records, before, router)
-  changed = [new for old, new in zip(before, after) if new != old]
-  part.add(changed)
-  return len(before), len(changed)
-
-
-def rescore(benchmarks, to, judge=None):
+def rescore(benchmarks, to, router):
   """Scores anew what is kept below `to` of these benchmarks, without any model.
 
   Yields {'model', 'part', 'count', 'changed'}; where scores differ from those kept, the new ones
   are added to the store and to the results. Raises FileNotFoundError where nothing is kept.
   """
-  known, router = {each.name: each for each in benchmarks}, catalogue.open_router(benchmarks, judge)
-  try:
-    for path, result in summary.read_results(to):
-      for i, entry in enumerate(result['parts']):
-        if entry['benchmark'] not in known or entry['mode'] not in MODES:
-          continue
+  known = {each.name: each for each in benchmarks}
+  for path, result in summary.read_results(to):
+    for i, entry in enumerate(result['parts']):
+      if entry['benchmark'] in known and entry['mode'] in MODES:
         about = store.read_json(Path(to) / 'generations' / entry['folder'] / 'about.json')
         ask = Ask(known[entry['benchmark']], entry['mode'], entry['budget'],
                   Sampling(**about['sampling']), entry['samples'])
         with ask.open(to, result['fingerprint']) as part:
-          count, changed = _score_again(ask, part, router, lambda line: True)
+          keys = [key for key in ask.jobs if 'text' in part.lines.get(key, ())]
+          changed = _score(ask, part, router, keys)
           if changed:
             result['parts'][i] = summary.summarise(ask, part)
             store.write_json(path, result)
-        yield dict(model=result['model'], part=ask.name, count=count, changed=changed)
-  finally:
-    router.close()
+        yield dict(model=result['model'], part=ask.name, count=len(keys), changed=changed)
 
 
 def _encode(tokenizer, record):
@@ -267,44 +272,6 @@ def _refuse_long(left, prompts, longest, part):
                  missing=f'the prompt has {sizes[key]} tokens, the model reads {longest}')
             for key, record, sample in left if sizes[key] > longest])
   return [job for job in left if sizes[job[0]] <= longest]
-
-
-class Tally:
-  """How far a part is, for `tell(dict)`: counts what is kept and what comes."""
-
-  def __init__(self, ask, part, tell):
-    self.ask, self.tell, self.start = ask, tell, time.perf_counter()
-    self.left = collections.Counter({record['id']: 0 for record, _ in ask.jobs.values()})
-    self.scored = self.score = self.drawn = self.tokens = 0
-    for key, (record, _) in ask.jobs.items():
-      if key in part.lines:
-        self._add(part.lines[key])
-      else:
-        self.left[record['id']] += 1
-    self.missing = sum(self.left.values())
-
-  def _add(self, line):
-    if line['score'] is not None:
-      self.scored, self.score = self.scored + 1, self.score + line['score']
-
-  def take(self, lines):
-    """Counts new lines."""
-    for line in lines:
-      self._add(line)
-      self.left[line['id']] -= 1
-      self.drawn, self.tokens = self.drawn + 1, self.tokens + line['tokens']
-
-  def show(self):
-    """Says how far it is."""
-    if not self.tell:
-      return
-    seconds = time.perf_counter() - self.start
-    pace = seconds / self.drawn if self.drawn else None
-    self.tell(dict(
-      part=self.ask.name, done=sum(count == 0 for count in list(self.left.values())),
-      total=len(self.left), rate=self.score / self.scored if self.scored else None,
-      tokens_per_s=self.tokens / seconds if pace else None,
-      seconds_left=pace * (self.missing - self.drawn) if pace else None))
 
 
 @jax.jit

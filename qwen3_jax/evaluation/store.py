@@ -2,8 +2,8 @@
 
 A part is one model on one benchmark in one mode under one sampling and budget; its folder's name
 ends in the hash of these. In it `about.json` says what was hashed, and generations.jsonl has a JSON
-line for each generation, whose `key` is the hash of its record and number. Lines are only appended;
-of two with one key the later counts.
+line for each generation, whose `key` is the hash of its record and number, and one for its score.
+Lines are only appended; of one key's, later fields count.
 """
 import fcntl
 import hashlib
@@ -23,8 +23,8 @@ class Part:
   """The generations of a part in a folder below `root`, read when opened; a context manager.
 
   `lines` maps keys to dicts. A last line that a killed process left unfinished is cut off, a line
-  that is no JSON object with a key (a disk's fault) is passed over and counted in `damaged`.
-  Raises ValueError where another process has the part open.
+  that is no JSON object with a key (a disk's fault) is passed over and counted in `damaged`. Raises
+  ValueError where another process has the part open.
   """
 
   def __init__(self, root, name, about):
@@ -63,7 +63,10 @@ class Part:
       if written != len(data):  # a disk that is full: half a line must not meet the next one
         os.ftruncate(self.file, os.fstat(self.file).st_size - written)
         raise OSError(28, 'No space left on device', str(self.path))
-      self.lines[line['key']] = line
+      self._take(line)
+
+  def _take(self, line):
+    self.lines[line['key']] = self.lines.get(line['key'], {}) | line
 
   def _read(self):
     data = self.path.read_bytes()
@@ -72,8 +75,7 @@ class Part:
       os.ftruncate(self.file, whole)
     for text in data[:whole].split(b'\n')[:-1]:
       try:
-        line = json.loads(text)
-        self.lines[line['key']] = line
+        self._take(json.loads(text))
       except (ValueError, TypeError, KeyError):
         self.damaged += 1
 

@@ -22,7 +22,7 @@ def summarise(ask, part):
   """
   benchmark, problems = ask.benchmark, collections.defaultdict(list)
   for key, (record, _) in ask.jobs.items():
-    if key in part.lines:
+    if 'score' in part.lines.get(key, ()):
       problems[record['id']].append(part.lines[key])
   lines = [line for each in problems.values() for line in each]
   about = dict(benchmark=benchmark.name, title=benchmark.title, mode=ask.mode, budget=ask.budget,

@@ -19,10 +19,10 @@ def test_lines_are_found_again(tmp_path):
   with Part(tmp_path, 'b thinking', ABOUT) as part:
     assert part.lines == {'a': dict(key='a', text='é\u2028\ud800', score=1.0),
                           'b': dict(key='b', score=None)}
-    part.add([dict(key='b', score=0.5)])
+    part.add([dict(key='b', score=0.5), dict(key='b', more=1)])
   with Part(tmp_path, 'b thinking', ABOUT) as part:
-    assert part.lines['b'] == dict(key='b', score=0.5) and len(part.lines) == 2
-    assert len(part.path.read_bytes().splitlines()) == 3
+    assert part.lines['b'] == dict(key='b', score=0.5, more=1) and len(part.lines) == 2
+    assert len(part.path.read_bytes().splitlines()) == 4
 
 
 def test_every_setting_has_a_folder_of_its_own(tmp_path):
