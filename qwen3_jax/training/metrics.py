@@ -3,8 +3,8 @@
 A line of metrics.jsonl is one step: `step`, `stage`, what the step gave (`loss`, `grad_norm`,
 `lr`, at some steps `heldout_loss` ...), `seconds` (wall time of this step, the first with its
 compilation), and from the second step on `tokens_per_s` and `mfu`. Both count `tokens`, the step's
-loss targets (weight > 0): neither padding nor prompts. What is not finite is null; arrays of two or
-more axes stay out of the file.
+loss targets (weight > 0): neither padding nor prompts. What is not finite is null; arrays of two
+axes stay out of the file: arrays.json has those of the last step before a checkpoint.
 """
 
 import collections
@@ -51,7 +51,7 @@ class Metrics:
     self._writes = jax.process_index() == 0
     self._file = self._board = self._progress = None
     self._held = []  # lines for an object store, which cannot append
-    self._pending, self._last = {}, {}
+    self._pending, self._last, self._arrays = {}, {}, {}
     self._recent = collections.deque(maxlen=20)
     self._done = self._first = resume_step
     if self._writes:
@@ -82,6 +82,11 @@ class Metrics:
       old = self.path.read_text() if self.path.exists() else ''
       self.path.write_text(old + ''.join(self._held))
       self._held.clear()
+    if self._arrays and self._writes:
+      arrays = {name: _to_json(value) for name, value in self._arrays.items()}
+      new = self.path.parent / 'arrays.json.new'
+      new.write_text(json.dumps({'step': self._done} | arrays))
+      new.replace(self.path.parent / 'arrays.json')
     return line
 
   @contextlib.contextmanager
@@ -112,6 +117,7 @@ class Metrics:
     if not self._pending:
       return None
     line = {name: _to_json(value) for name, value in self._pending.items() if np.ndim(value) < 2}
+    self._arrays = {name: value for name, value in self._pending.items() if np.ndim(value) == 2}
     self._pending = {}
     now = time.perf_counter()
     line['seconds'] = round(now - self._clock, 6)

@@ -77,6 +77,8 @@ def test_values_not_finite_are_null_and_vectors_lists(tmp_path):
   line = json.loads(text, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
   assert (line['loss'], line['grad_norm'], line['balance']) == (None, None, [1.0, 1.5])
   assert 'expert_load_LE' not in line
+  arrays = json.loads((tmp_path / 'arrays.json').read_text())
+  assert arrays == {'step': 1, 'expert_load_LE': [[1.0] * 4] * 2}
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
