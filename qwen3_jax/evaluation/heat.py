@@ -7,14 +7,14 @@ TITLED = 3000  # cells; more have no tooltips
 
 
 def write_heat(stages, title):
-  """A figure a stage that has `loads`: {'step', 'expert_load_LE': a row a layer}."""
+  """A figure a stage that has `arrays`: {'step', 'expert_load_LE': a row a layer}."""
   figures = []
   for stage in stages:
-    loads = (stage.get('loads') or {}).get('expert_load_LE')
+    loads = (stage.get('arrays') or {}).get('expert_load_LE')
     if loads:
       figures.append(
         f'<figure class="wide"><h3>{escape(title(stage))}: load of the experts</h3><figcaption>'
-        f'Tokens routed to each expert at step {stage["loads"]["step"]:,}, against the mean of '
+        f'Tokens routed to each expert at step {stage["arrays"]["step"]:,}, against the mean of '
         f'its layer: no colour is even, full colour {FULL} times the mean, or nothing at all.'
         '</figcaption>'
         f'{_write_legend()}<div class="plot">{draw(loads)}</div></figure>')

@@ -81,6 +81,7 @@ thead th { color: var(--soft); font-weight: 500; font-size: 13px }
 thead th[colspan] { text-align: center; color: var(--ink); font-weight: 600 }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--card) }
 td[colspan] { text-align: center }
+table.close { font-size: 14px } table.close th, table.close td { padding: 7px 8px }
 tbody th { font-weight: 500 } tr.part th { padding-left: 30px; font-weight: 400 }
 tr.part td, tr.part th { border-top: 0; padding-top: 2px; padding-bottom: 4px; font-size: 14px }
 td.first, th.first { border-left: 1px solid var(--rule) }
@@ -95,7 +96,7 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: i
   font: 14px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
 .prompt { color: var(--soft); padding-bottom: 10px }
 .answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 235px), 1fr));
-  gap: 1px; background: var(--rule); border: 1px solid var(--rule); overflow: hidden }
+  gap: 1px; padding: 1px }
 .answers > div { background: var(--card); padding: 8px 12px 10px; min-width: 0;
   box-shadow: 0 0 0 1px var(--rule) }
 .answers h4 { margin: 0 0 4px; font-size: 13px; font-weight: 600; color: var(--soft) }
@@ -108,14 +109,16 @@ section > details > pre { font-size: 13px; padding: 10px 0 0 18px }
 
 PRINT = """
 @media print {
-  body { font-size: 10.5pt } main { max-width: none; padding: 0 1px }
+  :root { --page: #fff }
+  body { font-size: 10.5pt } dd { font-size: 12pt } main { max-width: none; padding: 0 1px }
   figure, .scroll, tr, dl.facts div, .answers > div { break-inside: avoid }
+  article { break-inside: avoid } th:first-child { position: static }
   h2, h3 { break-after: avoid } h2 { margin-top: 26px } .prompt { break-after: avoid }
   .grid { grid-template-columns: 1fr 1fr } .answers { grid-template-columns: 1fr 1fr 1fr }
   .plot, .scroll { overflow: visible } .answers pre { max-height: none; font-size: 8pt }
-  .plot svg, .wide .plot svg { min-width: 0 }
+  .plot svg, .wide .plot svg { min-width: 0; max-height: 82mm }
   details::details-content { content-visibility: visible; block-size: auto }
-  table { font-size: 8.5pt; white-space: normal } th, td { padding: 4px 6px }
+  table, table.close { font-size: 8.5pt; white-space: normal } th, td { padding: 4px 6px }
   td small { font-size: 7pt } td i { font-size: 7.5pt } td.long { min-width: 0; font-size: 8pt }
   thead { display: table-header-group } thead th { font-size: 8pt } @page { margin: 14mm }
   section > details > pre { font-size: 7.5pt; columns: 2 }

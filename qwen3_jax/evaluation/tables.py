@@ -3,8 +3,8 @@
 from qwen3_jax.evaluation.chart import escape, format_number
 from qwen3_jax.training.metrics import format_seconds
 
-COLUMNS = ('Stage', 'Starts from', 'Steps', 'Sequence length', 'Tokens trained', 'drawn', 'FLOPs',
-           'Train loss', 'Held-out loss', 'Tokens/s', 'MFU', 'Time', 'with data, measuring')
+COLUMNS = ('Stage', 'Starts from', 'Steps', 'Length', 'Tokens', 'drawn', 'FLOPs', 'Loss',
+           'held-out', 'Tokens/s', 'MFU', 'Time', 'with all')
 
 
 def write_stages(stages, title, of_policy):
@@ -23,10 +23,12 @@ def write_stages(stages, title, of_policy):
     rows.append(['Together', '', f'{steps:,}', '', format_number(sum(c.trained for c in costs)),
                  format_number(sum(c.drawn for c in costs)), f'{sum(c.flops for c in costs):.2g}',
                  '', '', '', '', format_seconds(seconds), format_seconds(whole) if whole else ''])
+  table = write_table(COLUMNS, rows, close=True)
   return ('<section><h2>Stages, time and cost</h2><p class="soft">FLOPs are useful ones: 6 for '
           'each weight and token trained, 2 for each drawn or scored. Train loss is the mean of '
           'the last 10 steps; speed and MFU are of the last 50. Held-out loss is that of text '
-          f'or, in post-training, of conversations.</p>{write_table(COLUMNS, rows)}</section>')
+          'or, in post-training, of conversations. Time with all: with the making of data, '
+          f'measuring, and tries that were cut off.</p>{table}</section>')
 
 
 def _row(stage, name, of_policy):
@@ -83,12 +85,17 @@ def write_filters(stages, title):
   return f'<section><h2>Data, by filter and rule</h2>{"".join(parts)}</section>' if parts else ''
 
 
-def write_table(columns, rows):
-  """A table; the first cell of each row is its heading."""
+def write_table(columns, rows, close=False):
+  """A table, its columns `close` together where there are many; the first cell heads a row."""
   head = ''.join(f'<th scope="col">{escape(name)}</th>' for name in columns)
   body = ''.join(
-    f'<tr><th scope="row">{escape(first)}</th>'
-    + ''.join(f'<td{" class=long" * (len(str(cell)) > 40)}>{escape(cell)}</td>'.replace(
-      '=long', '="long"') for cell in rest) + '</tr>' for first, *rest in rows)
-  return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-          '</div>')
+    f'<tr><th scope="row">{escape(first)}</th>' + ''.join(map(_write_cell, rest)) + '</tr>'
+    for first, *rest in rows)
+  kind = ' class="close"' if close else ''
+  return (f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
+          '</table></div>')
+
+
+def _write_cell(cell):
+  kind = ' class="long"' if len(str(cell)) > 40 else ''
+  return f'<td{kind}>{escape(cell)}</td>'

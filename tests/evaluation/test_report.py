@@ -10,7 +10,10 @@ import pytest
 
 from qwen3_jax.commands import report as command
 from qwen3_jax.evaluation import chart
-from qwen3_jax.evaluation.report import read_stages, write_report
+from qwen3_jax.evaluation.pictures import write_pictures
+from qwen3_jax.evaluation.report import write_report
+from qwen3_jax.evaluation.style import COLORS, LIGHT
+from qwen3_jax.evaluation.workdir import list_versions, read_stages
 
 HOSTILE = ('</pre><script>alert(1)</script><img src=x onerror=alert(2)> & "q" '
            '\x00\x1b[31m\u202e\ud800')
@@ -83,7 +86,7 @@ def test_page_holds_all_stages_and_figures(tmp_path):
   for expected in ('A run', 'S1 general', 'S3 long context', 'grow <b>', '1,234', '484k', '0.10.2',
                    'Learning rate', 'Gradient norm', 'Speed', 'Expert balance', 'Loss by position',
                    'before S3', 'after S3', '3.125', '2.125', '25.0%', '8,000', '0:40', '1:00',
-                   '512'):
+                   '512', '121'):
     assert expected in words, expected
   titles = [attributes.get('aria-label') for tag, attributes in page.tags if tag == 'svg']
   assert len([title for title in titles if title]) == 6
@@ -102,18 +105,19 @@ def test_page_loads_nothing_and_runs_nothing(tmp_path):
   assert 'prefers-color-scheme: dark' in text and '@media print' in text
 
 
-def test_model_text_is_escaped_and_thinking_dimmed(tmp_path):
+def test_model_text_is_escaped_and_thinking_folded(tmp_path):
   text, page = write(tmp_path, make_stages())
-  assert '<script' not in text and '<img' not in text
+  assert '<script' not in text and '<img' not in text and 'Transcripts' in page.words
   assert text.count('&lt;script&gt;alert(1)&lt;/script&gt;') == 3
-  assert '<span class="thinking">ponder &lt;/pre&gt;' in text
+  assert re.search('<details class="thinking"><summary>thinking, [0-9]+ words</summary>'
+                   '<pre>ponder &lt;/pre&gt;', text)
   assert not re.search('[\x00-\x08\x1b\u202a-\u202e]', text)
 
 
-def test_unfinished_thinking_is_dimmed(tmp_path):
+def test_unfinished_thinking_is_folded(tmp_path):
   sample = {'prompt': 'p', 'completion': '<think>never ends'}
   text, _ = write(tmp_path, [{'name': 's2', 'samples': [sample]}])
-  assert '<span class="thinking">never ends</span>' in text
+  assert '<summary>thinking, 2 words</summary><pre>never ends</pre>' in text
 
 
 @pytest.mark.parametrize('stages', [
@@ -153,7 +157,8 @@ def test_command_reads_a_recipe(tmp_path, capsys):
   parser = argparse.ArgumentParser()
   command.add_arguments(parser)
   assert not command.main(parser.parse_args([f'--workdir={tmp_path}']))
-  assert capsys.readouterr().out == f'report: {tmp_path}/report.html\n'
+  assert capsys.readouterr().out.endswith(f'report: {tmp_path}/report.html\n')
+  assert (tmp_path / 'report_figures/loss.svg').exists()
   words = ' '.join(Page((tmp_path / 'report.html').read_text()).words)
   for expected in ('tiny', 'S1 general', 'S3 long context', 'python', 'Long-context probe'):
     assert expected in words
@@ -170,6 +175,126 @@ def test_bad_workdirs_are_named(tmp_path):
   (tmp_path / 'probe.json').write_text('{')
   with pytest.raises(ValueError, match='probe.json is not JSON'):
     read_stages(tmp_path)
+
+
+GRADED = dict(rate=0.5, low=0.4, high=0.6, count=64)
+MODES = dict(
+  thinking=GRADED | dict(tokens=40.4, kinds=dict(coin=GRADED)), plain=GRADED | dict(
+    rate=0.2, low=0.1, high=0.3, tokens=9.0, kinds=dict(coin=GRADED | dict(rate=0.25))),
+  following=GRADED | dict(rate=0.75, parts={'/think': GRADED, '/no_think': GRADED | dict(rate=1.0),
+                                            'system': GRADED}),
+  budgets=[dict(GRADED, budget=budget, tokens=1, forced=0) for budget in (0, 8, 16)])
+
+
+def test_stage_table_has_both_modes_and_changes(tmp_path):
+  better = json.loads(json.dumps(MODES))
+  better['thinking'] |= dict(rate=0.8, low=0.7, high=0.9)
+  better['plain'] |= dict(rate=0.15, low=0.08, high=0.25)
+  benchmark = dict(benchmark='gsm8k', mode='thinking', metric='accuracy', rate=0.625, low=0.5,
+                   high=0.7)
+  text, page = write(tmp_path, [
+    {'name': 'fusion', 'modes': MODES},
+    {'name': 'general_rl', 'modes': better,
+     'evaluation': {'parts': [benchmark, benchmark | dict(budget=9, rate=0.1)]}}])
+  rows = {match[1]: match[2] for match in re.finditer(
+    r'<tr[^>]*><th scope="row">([^<]*)</th>(.*?)</tr>', text)}
+  assert rows['Right answers'] == (
+    '<td class="first">50.0<small>40–60</small></td><td>20.0<small>10–30</small></td>'
+    '<td class="first">80.0<i class="better">+30.0</i><small>70–90</small></td>'
+    '<td>15.0<i>-5.0</i><small>8–25</small></td>')
+  assert rows['Last flag obeyed'].count('colspan="2">75.0') == 2
+  assert '50.0' in rows['/think, /no_think'] and '100.0' in rows['/think, /no_think']
+  assert rows['gsm8k, accuracy'].startswith('<td class="first">–</td><td>–</td>')
+  assert '62.5' in rows['gsm8k, accuracy'] and '10.0' not in rows['gsm8k, accuracy']
+  assert rows['Tokens of an answer'].startswith('<td class="first">40</td><td>9</td>')
+  assert 'Accuracy against thinking budget' in page.words and text.count('class="area') == 2
+
+
+def test_distillation_is_compared_at_its_cost(tmp_path):
+  rows = [dict(name='off-policy', thinking=GRADED, plain=GRADED, flops=0, seconds=0, tokens=0,
+               **{'pass': {'1': 0.5, '8': 0.75}}),
+          dict(name='off-policy + on-policy', thinking=GRADED | dict(rate=0.7), plain=GRADED,
+               flops=3.21e12, seconds=65, tokens=41000, **{'pass': {'1': 0.7, '8': GRADED}})]
+  comparison = dict(student=dict(parameters='460,000'), prompts='sums', rows=rows,
+                    curves={'RL': [[0, 0.5, 0.4, 0.6], [1e12, 0.55, 0.45, 0.65]]})
+  lines = [dict(step=step, loss=1 / step, kl=1 / step, heldout_reward=0.5, prompts=2,
+                answer_tokens=30.0) for step in (1, 2, 3)]
+  stage = {'name': 'distill_on', 'metrics': lines, 'config': dict(
+    method='distill', distillation=dict(kind='reverse_kl'))}
+  write_report(tmp_path / 'report.html', 'A run', [stage], {}, comparison)
+  text = (tmp_path / 'report.html').read_text()
+  table = re.search('<h2>Distillation</h2>.*?</table>', text, re.DOTALL)[0]
+  assert '<td>70.0 (40–60)</td>' in table and '<td>75.0</td>' in table
+  assert '<td>3.2e+12</td><td>41k</td><td>1:05</td>' in table and 'pass@8' in table
+  words = Page(text).words
+  for expected in ('Held-out accuracy against cost', 'On-policy: divergence',
+                   'On-policy: held-out', 'On-policy: length'):
+    assert expected in words, expected
+  assert '(reverse kl)' in text and 'Reinforcement learning' not in words
+
+
+def test_expert_loads_are_a_heat_map(tmp_path):
+  text, page = write(tmp_path, [{'name': 's1', 'arrays': {
+    'step': 6, 'expert_load_LE': [[1.0, 1.0], [0.0, 8.0]]}}])
+  titles = [word for word in page.words if word.startswith('layer ')]
+  assert titles == ['layer 0, expert 0: 1.00 times the mean', 'layer 0, expert 1: 1.00 times the '
+                    'mean', 'layer 1, expert 0: 0.00 times the mean',
+                    'layer 1, expert 1: 2.00 times the mean']
+  cells = re.findall(r'<rect class="(c\d)" fill-opacity="([\d.]+)" x="(?!1")', text)
+  assert cells == [('c0', '0.02'), ('c0', '0.02'), ('c0', '1.00'), ('c1', '0.33')]
+
+
+def test_transcripts_of_a_prompt_stand_side_by_side(tmp_path):
+  def samples(answer):
+    return [{'prompt': 'one?', 'completion': f'<think>\n\n</think>\n\n{answer}'}]
+  text, _ = write(tmp_path, [{'name': 'fusion', 'samples': samples('first')},
+                             {'name': 'general_rl', 'samples': samples('second')}])
+  article, = re.findall('<article>.*?</article>', text, re.DOTALL)
+  assert re.findall('<h4>([^<]*)</h4><p class="thinking">no thinking</p><pre>([^<]*)</pre>',
+                    article) == [('Fusion', 'first'), ('General RL', 'second')]
+
+
+def test_pictures_hold_what_the_page_shows(tmp_path):
+  resvg = pytest.importorskip('resvg_py')
+  write(tmp_path, [*make_stages(), {'name': 's2', 'modes': MODES, 'arrays': {
+    'step': 6, 'expert_load_LE': [[1.0, 3.0]]}}])
+  problem = write_pictures(tmp_path / 'report.html', tmp_path / 'figures')
+  names = sorted(path.stem for path in (tmp_path / 'figures').glob('*.svg'))
+  assert names == ['accuracy-against-thinking-budget', 'gradient-norm', 'learning-rate', 'loss',
+                   'loss-by-position', 's2-reasoning-load-of-the-experts', 'speed']
+  svg = (tmp_path / 'figures/loss.svg').read_text()
+  assert 'var(' not in svg and LIGHT['c0'] in svg and 'train, smoothed' in svg
+  blank = re.sub('<path[^>]*/>', '', svg)
+  assert bytes(resvg.svg_to_bytes(svg_string=blank)) != bytes(resvg.svg_to_bytes(svg_string=svg))
+  if problem is None:  # there are fonts
+    assert sorted(path.stem for path in (tmp_path / 'figures').glob('*.png')) == names
+    assert (tmp_path / 'figures/loss.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_origins_costs_and_order_of_a_recipe(tmp_path):
+  from qwen3_jax.commands.config import load_config, to_json
+  for name in ('zeta', 's1'):
+    (tmp_path / name).mkdir()
+    config = load_config('configs/s1.py:tiny', ['--config.init=somewhere/s3'])
+    (tmp_path / name / 'config.json').write_text(to_json(config))
+    (tmp_path / name / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
+    (tmp_path / name / 'times.json').write_text('{"train": 61, "measure": 4}')
+  (tmp_path / 'recipe.json').write_text('["zeta", "s1"]')
+  (tmp_path / 'plan.json').write_text('{"zeta": {"init": null}, "s1": {"init": "zeta"}}')
+  stages = read_stages(tmp_path)
+  assert [stage['name'] for stage in stages] == ['zeta', 's1']
+  assert [stage['origin'] for stage in stages] == ['S3 long context', 'zeta']
+  assert [stage['cost'].trained for stage in stages] == [4 * 256] * 2
+  text, page = write(tmp_path, stages)
+  assert page.words.count('1:05') == 2 and '2:10' in page.words
+  assert {'machine', 'cpu', 'python', 'jax'} <= set(list_versions())
+
+
+def test_lines_beyond_the_palette_differ_by_dashes():
+  series = [chart.Series(f's{i}', [0, 1], [i, i], i) for i in range(12)]
+  looks = re.findall('<path class="(c[^"]*)"', chart.draw(series, 'x', 'y'))
+  assert len(set(looks)) == 12 and COLORS == 8 and looks[0] == 'c0 line'
+  assert looks[5] == 'c5 line d1' and looks[9] == 'c1 line d2'
 
 
 def test_ticks_are_round_and_numbers_short():
