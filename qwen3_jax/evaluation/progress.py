@@ -7,60 +7,52 @@ MODES = 'thinking', 'plain'
 def write_modes(stages, title):
   """Accuracies and obedience to flags, a row a measure, two columns a stage; the budget curves.
 
-  As Table 22 of the Qwen3 report. `stages` have `modes`, what `evaluation.modes.measure` gave, and
-  `evaluation`, what `evaluation.run` gave, or neither; `title(stage)` names one.
+  As Table 22 of the Qwen3 report. `stages` have `modes`, what `evaluation.modes.measure` gave, or
+  nothing; `title(stage)` names one.
   """
-  measured = [(title(stage), _measures(stage.get('modes'), stage.get('evaluation')),
-               stage.get('modes')) for stage in stages
-              if stage.get('modes') or stage.get('evaluation')]
+  measured = [(title(stage), stage['modes']) for stage in stages if stage.get('modes')]
   if not measured:
     return ''
-  counts = [modes['thinking']['count'] for *_, modes in measured if modes]
+  count = measured[-1][1]['thinking']['count']
+  table = _write_table([(name, _measures(modes)) for name, modes in measured])
   return (
-    '<section><h2>Both modes, stage by stage</h2><p class="soft">Percent of answers that are right'
-    + (f', to {counts[-1]} held-out problems that no training data contain' if counts else '')
-    + '; below each its 95 % interval, beside it the change since the stage before, in colour '
-    'where it leaves the intervals. Flags: how often the think block obeys the last /think or '
-    f'/no_think of a conversation.</p>{_write_table(measured)}'
-    f'{_write_budgets([(name, modes) for name, _, modes in measured if modes])}</section>')
+    '<section><h2>Both modes, stage by stage</h2><p class="soft">Percent of right final answers '
+    f'to {count} held-out problems that no training data contain; below each its 95 % interval, '
+    'beside it the change since the stage before, in colour where it leaves the intervals. Flags: '
+    'how often the think block obeys the last /think or /no_think of a conversation.</p>'
+    f'{table}{_write_budgets(measured)}</section>')
 
 
-def _measures(modes, evaluation):
+def _measures(modes):
   """{row: (its level, {mode: graded})}, graded being a dict of `rate` and perhaps `low`, `high`."""
-  rows = {}
-  if modes:
-    rows['Right answers'] = 0, {mode: modes[mode] for mode in MODES}
-    for kind in modes['thinking'].get('kinds', {}):
-      rows[kind] = 1, {mode: modes[mode]['kinds'][kind] for mode in MODES
-                       if kind in modes[mode]['kinds']}
-    following = modes.get('following')
-    if following:
-      parts = following['parts']
-      rows['Last flag obeyed'] = 0, {'both': following}
-      rows['/think, /no_think'] = 1, {mode: parts[flag] for mode, flag in zip(
-        MODES, ('/think', '/no_think')) if flag in parts}
-      rows |= {f'flag in {place}': (1, {'both': graded}) for place, graded in parts.items()
-               if not place.startswith('/')}
-    rows['Tokens of an answer'] = 0, {mode: {'plainly': modes[mode]['tokens']} for mode in MODES}
-  for part in (evaluation or {}).get('parts', ()):
-    if part.get('budget') is None:
-      name = f'{part["benchmark"]}, {part["metric"]}'
-      rows.setdefault(name, (0, {}))[1][part['mode']] = part
+  rows = {'Right answers': (0, {mode: modes[mode] for mode in MODES})}
+  for kind in modes['thinking'].get('kinds', {}):
+    rows[kind] = 1, {mode: modes[mode]['kinds'][kind] for mode in MODES
+                     if kind in modes[mode]['kinds']}
+  following = modes.get('following')
+  if following:
+    parts = following['parts']
+    rows['Last flag obeyed'] = 0, {'both': following}
+    rows['/think, /no_think'] = 1, {mode: parts[flag] for mode, flag in zip(
+      MODES, ('/think', '/no_think')) if flag in parts}
+    rows |= {f'flag in {place}': (1, {'both': graded}) for place, graded in parts.items()
+             if not place.startswith('/')}
+  rows['Tokens of an answer'] = 0, {mode: {'plainly': modes[mode]['tokens']} for mode in MODES}
   return rows
 
 
 def _write_table(measured):
   names = {}
-  for _, rows, _ in measured:
+  for _, rows in measured:
     names |= {name: level for name, (level, _) in rows.items()}
   head = ''.join(f'<th colspan="2" class="first" scope="colgroup">{escape(name)}</th>'
-                 for name, *_ in measured)
+                 for name, _ in measured)
   modes = ('<th class="first" scope="col">Thinking</th><th scope="col">Not thinking</th>'
            * len(measured))
   body = ''
   for name, level in names.items():
     cells, before = '', {}
-    for _, rows, _ in measured:
+    for _, rows in measured:
       graded = rows.get(name, (level, {}))[1]
       if 'both' in graded:
         cells += f'<td class="first" colspan="2">{_cell(graded["both"], before.get("both"))}</td>'

@@ -27,7 +27,7 @@ def write_report(path, title, stages, facts, comparison=None):
   `stages` are dicts of which only `name` must be there (see `workdir.read_stages`): `metrics`
   (lines of metrics.jsonl), `config`, `workdir`, `samples` (see `transcripts`), `probe`, the mean
   loss by position in a long text: {'positions': [...], 'losses': {'before S3': [...], ...},
-  'old_length': 256}, `modes` and `evaluation` (see `progress`), `arrays` (see `heat`), `filters`
+  'old_length': 256}, `modes` (see `progress`), `arrays` (see `heat`), `filters`
   (the report of `stages.curate.run`), `origin`, `cost`, `times`. `facts` maps what stands at the
   top to its value; a dict among its values ('versions') goes to the foot. `comparison`: see
   `distilled`.

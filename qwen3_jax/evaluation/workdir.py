@@ -17,7 +17,7 @@ TITLES = {'s1': 'S1 general', 's2': 'S2 reasoning', 's3': 'S3 long context',
           'cold_start': 'Cold start', 'reasoning_rl': 'Reasoning RL', 'fusion': 'Fusion',
           'general_rl': 'General RL', 'student': 'Student base', 'distill_off': 'Off-policy',
           'distill_on': 'On-policy', 'reward_model': 'Reward model', 'dpo': 'DPO'}
-PARTS = 'config', 'samples', 'probe', 'modes', 'times', 'evaluation', 'arrays'
+PARTS = 'config', 'samples', 'probe', 'modes', 'times', 'arrays'
 
 
 def title(stage):
