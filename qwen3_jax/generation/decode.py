@@ -92,19 +92,37 @@ def prefill(decoder, pool, tokens_BT, length_B, count_B, table_BC, page_BW, with
   return pool, copied(routes)
 
 
-@functools.partial(jax.jit, static_argnums=(7, 8, 9), donate_argnums=1)
-def decode(decoder, pool, rows, table_BC, page_BW, steps, least, chunk, with_routes, paged):
+@functools.partial(jax.jit, static_argnums=(7, 8), donate_argnums=1)
+def decode(decoder, pool, rows, table_BC, page_BW, steps, least, chunk, with_routes):
   """Draws up to min(`steps`, `chunk`) tokens a row, until fewer than `least` rows are at work.
 
-  Returns (pool, columns, steps, thinking.Progress): columns are arrays (chunk, B, ...), of which
-  the first `steps` are written: token, real (it was drawn), ran (a token was run), forced, logp,
-  logp_untempered and, where asked for, routes: those of the token that was run, the one before.
+  Attends to the pages where they lie. Returns (pool, columns, steps, thinking.Progress): columns
+  are arrays (chunk, B, ...), of which the first `steps` are written: token, real (it was drawn),
+  ran (a token was run), forced, logp, logp_untempered and, where asked for, routes: those of the
+  token that was run, the one before.
   """
-  length_B = rows.length_B
-  cache = (pool.attached(table_BC, length_B, page_BW) if paged else
-           pool.read(table_BC, length_B, chunk))
-  slots = jnp.arange(table_BC.shape[1] * pool.size + chunk)
-  rotation = rope.rotation(slots[None], *rope.spec_frequencies(decoder.model.spec))
+  end, *drawn = _draw(decoder, pool.attached(table_BC, rows.length_B, page_BW), rows,
+                      table_BC.shape[1] * pool.size + chunk, steps, least, chunk, with_routes)
+  return end.detached(), *drawn
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def decode_copied(decoder, pool, rows, table_BC, steps, least, chunk, with_routes):
+  """`decode` on a copy of the rows' pages, which it returns in place of the pool: see `write`."""
+  cache = pool.read(table_BC, rows.length_B, chunk)
+  end, *drawn = _draw(decoder, cache, rows, cache.length + chunk, steps, least, chunk, with_routes)
+  return end.replace(length=cache.length), *drawn
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write(pool, cache, length_B, page_BW):
+  """The pool with what `decode_copied` drew after the rows' first `length_B` tokens."""
+  return pool.write(cache, length_B, page_BW)
+
+
+def _draw(decoder, cache, rows, slots, steps, least, chunk, with_routes):
+  """The loop of `decode`, positions being less than `slots`: (cache, columns, steps, progress)."""
+  rotation = rope.rotation(jnp.arange(slots)[None], *rope.spec_frequencies(decoder.model.spec))
   advance = functools.partial(_step, decoder, with_routes, [turn[0] for turn in rotation])
   _, _, shapes = jax.eval_shape(advance, cache, rows)
   columns = {name: jnp.zeros((chunk, *x.shape), x.dtype) for name, x in shapes.items()}
@@ -121,9 +139,7 @@ def decode(decoder, pool, rows, table_BC, page_BW, steps, least, chunk, with_rou
 
   start = cache.replace(length=jnp.asarray(cache.length, jnp.int32))
   i, end, rows, columns = jax.lax.while_loop(more, step, (jnp.int32(0), start, rows, columns))
-  pool = (end.detached() if paged else
-          pool.write(end.replace(length=cache.length), length_B, page_BW))
-  return pool, *copied((columns, i, rows.progress))
+  return end, *copied((columns, i, rows.progress))
 
 
 def _step(decoder, with_routes, rotation, cache: Cache | Paged, rows):

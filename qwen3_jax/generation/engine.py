@@ -6,6 +6,9 @@ rounded up to a few. What a text draws depends on its request alone, and who run
 requests: a call repeated gives the same bits. Without a mesh one device works; under `jax.set_mesh`
 rows and pages are split over data and fsdp, heads over tensor.
 """
+import concurrent.futures
+import os
+
 import jax
 import numpy as np
 
@@ -14,10 +17,12 @@ from qwen3_jax.generation.decode import (
   Decoder,
   Rows,
   decode,
+  decode_copied,
   grow,
   make_pool,
   prefill,
   prepare,
+  write,
 )
 from qwen3_jax.generation.pages import Pages
 from qwen3_jax.generation.rows import Output, Request, Row
@@ -33,6 +38,7 @@ SLOTS = 64  # the fewest positions a call is compiled for
 PIECE = 512  # tokens of one text that are prefilled at once, at most
 TOKENS = 4096  # tokens of all texts that are prefilled at once, at most
 USUAL = 256  # tokens of an answer that room is made for at once, lest the pool grows step by step
+GROUP = 32  # rows of one call where pages are copied: texts of like length, few slots read in vain
 DEAD = 8  # one in so many rows that ended, and waiting texts take their places
 
 
@@ -56,6 +62,9 @@ class Engine:
     self.shards, self.fixed, self.pool = shards(), pages is not None, None
     self.prefilled = self.preempted = 0  # tokens computed before decoding; texts set aside
     self.rows = -(-rows // self.shards)  # of each shard
+    self.together = self.rows if self.paged else min(self.rows, GROUP)
+    alone = jax.sharding.get_abstract_mesh().empty  # programs of several devices wait for another
+    self.threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count()) if alone else None
     self.count = -(-pages // self.shards) + 1 if self.fixed else 1 + 2 * self.rows
     self.load(model, version)
 
@@ -68,7 +77,7 @@ class Engine:
     if not isinstance(model, Decoder):
       mesh = jax.sharding.get_mesh()
       model = model if mesh.empty else jax.device_put(model, shardings(model, mesh))
-      model = prepare(model, self.rows)
+      model = prepare(model, self.together)
     self.decoder, self.version = model, version
 
   def run(self, requests, respond=None, ended=None):
@@ -121,11 +130,10 @@ class Engine:
     self._open([request or Request([0])])
     columns = sorted({self._columns([n]) for n in range(longest + 1)})
     self._make_pool()
-    for B in self._sizes(2):
+    for B in self._sizes(2, self.together):
       for C in columns[1:]:
         tables = self._tables([], [], B, C, (self.chunk + self.page - 2) // self.page + 1)
-        self.pool, *_ = decode(self.decoder, self.pool, self._rows([], [], B), *tables, np.int32(1),
-                               np.int32(1), self.chunk, self.with_routes, self.paged)
+        self._draw([([], [], self._rows([], [], B), *tables, np.int32(1))])
     for T in sorted({piece(n) for n in range(1, longest + 1)}):
       most = next(B for B in self._sizes(4) if B >= min(self.rows, TOKENS // T) * self.shards)
       for B in (B for B in self._sizes(4) if B <= most):
@@ -226,22 +234,24 @@ class Engine:
     longest = max(lengths)
     return round_up(-(-longest // self.page), -(-SLOTS // self.page)) if longest else 0
 
-  def _place(self, texts, factor):
+  def _place(self, texts, factor, most=None):
     """The batch's row of each text, and how many rows it has: those of a shard lie together."""
     inside = [0] * self.shards
     for text in texts:
       inside[text.shard] += 1
-    size = next(B // self.shards for B in self._sizes(factor) if B >= max(inside) * self.shards)
+    size = next(B // self.shards for B in self._sizes(factor, most)
+                if B >= max(inside) * self.shards)
     seen, place = [0] * self.shards, []
     for text in texts:
       place.append(text.shard * size + seen[text.shard])
       seen[text.shard] += 1
     return place, size * self.shards
 
-  def _sizes(self, factor):
-    """Rows that a call may have."""
-    sizes = [factor ** i for i in range(self.rows.bit_length()) if factor ** i < self.rows]
-    return [size * self.shards for size in (*sizes, self.rows)]
+  def _sizes(self, factor, most=None):
+    """Rows that a call may have, up to `most` of each shard."""
+    most = most or self.rows
+    sizes = [factor ** i for i in range(most.bit_length()) if factor ** i < most]
+    return [size * self.shards for size in (*sizes, most)]
 
   def _tables(self, place, texts, B, C, W):
     """Pages to read (B, C), and to write from the first that is not full (B, W)."""
@@ -255,26 +265,56 @@ class Engine:
       write_BW[b, :len(pages)] = pages
     return read_BC, write_BW
 
+  def _groups(self, running):
+    """The texts of each call, `together` of each shard at most, by length."""
+    ordered = sorted(running, key=lambda text: (text.cached, text.index))
+    shards = [[text for text in ordered if text.shard == shard] for shard in range(self.shards)]
+    for first in range(0, max(map(len, shards)), self.together):
+      yield [text for texts in shards for text in texts[first:first + self.together]]
+
   def _decode(self, running, waiting):
-    """One call: every running text gets its next tokens."""
-    place, B = self._place(running, 2)
-    held = [len(text.pages) * self.page if self.paged else text.cached for text in running]
-    tables = self._tables(place, running, B, max(1, self._columns(held)),
-                          (self.chunk + self.page - 2) // self.page + 1)
-    least = len(running) - len(running) // DEAD if waiting else min(len(running), B // 2 + 1)
+    """Every running text gets its next tokens."""
     self._make_pool()
-    self.pool, columns, steps, progress = decode(
-      self.decoder, self.pool, self._rows(place, running, B), *tables, np.int32(self.chunk),
-      np.int32(least), self.chunk, self.with_routes, self.paged)
-    steps = int(steps)
-    columns = {name: np.asarray(value)[:steps].swapaxes(0, 1) for name, value in columns.items()}
-    if progress is not None:
-      progress = np.stack([progress.phase_B, progress.spent_B, progress.place_B], 1).tolist()
-    for b, text in zip(place, running):
-      text.delta = ''
-      text.take({name: value[b] for name, value in columns.items()})
+    calls = [self._call(texts, waiting) for texts in self._groups(running)]
+    for (texts, place, *_), (columns, steps, progress) in zip(calls, self._draw(calls)):
+      columns = {name: np.asarray(value)[:int(steps)].swapaxes(0, 1)
+                 for name, value in columns.items()}
       if progress is not None:
-        text.progress = progress[b]
+        progress = np.stack([progress.phase_B, progress.spent_B, progress.place_B], 1).tolist()
+      for b, text in zip(place, texts):
+        text.delta = ''
+        text.take({name: value[b] for name, value in columns.items()})
+        if progress is not None:
+          text.progress = progress[b]
+
+  def _call(self, texts, waiting):
+    """What one call reads: (texts, their rows, `Rows`, pages to read, pages to write, least)."""
+    place, B = self._place(texts, 2, self.together)
+    held = [len(text.pages) * self.page if self.paged else text.cached for text in texts]
+    tables = self._tables(place, texts, B, max(1, self._columns(held)),
+                          (self.chunk + self.page - 2) // self.page + 1)
+    least = len(texts) - len(texts) // DEAD if waiting else min(len(texts), B // 2 + 1)
+    return texts, place, self._rows(place, texts, B), *tables, np.int32(least)
+
+  def _draw(self, calls):
+    """Runs the calls, side by side where each has a copy of its pages; what each drew."""
+    options = self.chunk, self.with_routes
+    if self.paged:
+      drawn = []
+      for _, _, rows, read_BC, write_BW, least in calls:
+        self.pool, *each = decode(self.decoder, self.pool, rows, read_BC, write_BW,
+                                  np.int32(self.chunk), least, *options)
+        drawn.append(each)
+      return drawn
+
+    def run(call):
+      _, _, rows, read_BC, _, least = call
+      return jax.block_until_ready(decode_copied(
+        self.decoder, self.pool, rows, read_BC, np.int32(self.chunk), least, *options))
+    drawn = list((self.threads.map if self.threads else map)(run, calls))
+    for (_, _, rows, _, write_BW, _), (cache, *_) in zip(calls, drawn):
+      self.pool = write(self.pool, cache, rows.length_B, write_BW)
+    return [each for _, *each in drawn]
 
   def _rows(self, place, texts, B):
     """What `decode` reads of the texts; rows without one are not alive."""

@@ -46,7 +46,7 @@ def compile_decode(size, topology, tensor, rows, positions, held, page=128, chun
     return decode.decode.lower(
       decode.Decoder(model), pool, state, np.zeros((B, C), np.int32),
       np.zeros((B, (chunk + page - 2) // page + 1), np.int32), np.int32(chunk), np.int32(1), chunk,
-      bool(spec.experts), True).compile()
+      bool(spec.experts)).compile()
 
 
 def main():

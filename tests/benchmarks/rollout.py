@@ -1,6 +1,6 @@
 """Rollout tokens a second on CPU beside Hugging Face transformers on the same work, as a ratio.
 
-python tests/benchmarks/rollout.py [--hf PYTHON] [--model peer|tiny|moe] [--rows 128]
+python tests/benchmarks/rollout.py [--hf PYTHON] [--model peer|tiny|moe] [--rows 256]
 The work: 64 prompts of 16 to 128 random ids, 8 samples each, answers of 16 to 256 tokens (drawn
 once, skewed to short ones as answers are), temperature 1, float32. Counted are the tokens of the
 answers. Transformers runs left-padded batches to the end of the longest answer of each. Ours and
@@ -107,7 +107,7 @@ def main():
   parser.add_argument('--model', default='peer')
   parser.add_argument('--prompts', type=int, default=64)
   parser.add_argument('--samples', type=int, default=8)
-  parser.add_argument('--rows', default='128')
+  parser.add_argument('--rows', default='256')
   parser.add_argument('--page', type=int, default=32)
   parser.add_argument('--chunk', type=int, default=32)
   parser.add_argument('--share', default='1,0', help='prefixes shared: 1, 0 or both')
