@@ -30,8 +30,8 @@ METHODS = {'pretrain': 'qwen3_jax.stages.pretrain', 'sft': 'qwen3_jax.stages.sft
            'rl': 'qwen3_jax.stages.rl', 'distill': 'qwen3_jax.stages.distill'}
 
 # What a run that is continued may change: how far, how often, on which machine; not what it learns.
-FREE = ('steps', 'epochs', 'save_every', 'keep', 'evaluate_every', 'mesh', 'remat', 'micro_batches',
-        'micro_rows', 'measure', 'measure_reward', 'parity')
+FREE = ('steps', 'epochs', 'stop_loss', 'save_every', 'keep', 'evaluate_every', 'mesh', 'remat',
+        'micro_batches', 'micro_rows', 'measure', 'measure_reward', 'parity')
 
 
 def add_arguments(parser):

@@ -72,6 +72,7 @@ def supervised(stage, arg, tiny_steps):
   small = config.model.layers == 4
   config.method, config.model.rope_theta = 'sft', 1e6
   config.epochs, config.steps = (None, tiny_steps) if small else (2, None)
+  config.stop_loss = None  # on held-out conversations: ends the stage before its last step
   del config.data.weights  # of documents
   config.prepare = None  # see commands.prepare
   config.measure = dict(tasks='tasks', count=512, flags=256, budgets=(0, 256, 1024, 4096),

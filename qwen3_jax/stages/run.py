@@ -72,7 +72,7 @@ def train(config, workdir, *, spec, loss, open_loader, heldout=None, make=transf
       return fit.fit(state, step, draw, steps=config.steps, checkpoints=checkpoints,
                      metrics=metrics, cursor=lambda: gather_cursor(loader.state()),
                      config=config.to_dict(), save_every=config.save_every, evaluate=evaluate,
-                     evaluate_every=config.evaluate_every)
+                     evaluate_every=config.evaluate_every, stop_loss=config.get('stop_loss'))
 
 
 def first_state(config, spec, optimizer, mesh, make, restore):

@@ -1,5 +1,6 @@
 """The one training loop: draw, step, report, evaluate, save."""
 import functools
+import math
 
 import jax
 
@@ -18,16 +19,23 @@ class Stuck(Exception):
 
 
 def fit(state, step, draw, *, steps, checkpoints, metrics, cursor=dict, config=None, save_every=500,
-        evaluate=None, evaluate_every=500):
+        evaluate=None, evaluate_every=500, stop_loss=None):
   """Trains from `state.step` up to `steps` and returns the last state, saved.
 
   `step(state, batch) -> (state, values)` is jitted and donates its state; `draw(params, n)` gives
   the batch of step n (from 0), `cursor()` the data's position behind what was drawn, saved beside
   the state. `evaluate(params)` gives a dict of values, every `evaluate_every` steps and at the end;
-  without `save_every` or `evaluate_every` only at the end.
+  without `save_every` or `evaluate_every` only at the end. With `stop_loss` the end is where its
+  `heldout_loss` is no larger.
   Raises Preempted after SIGTERM, FloatingPointError when updates were not finite PATIENCE times in
   a row: what is saved is then from before, or unharmed (such updates are skipped whole).
   """
+  def learnt(values):
+    return stop_loss is not None and float(values.get('heldout_loss', math.inf)) <= stop_loss
+
+  if stop_loss is not None and _due(int(state.step), evaluate_every) and int(state.step):
+    if learnt(evaluate(state.params)):  # it ended here
+      return state
   with Preemption() as preemption:
     for number in range(int(state.step) + 1, steps + 1):
       state, values = step(state, draw(state.params, number - 1))
@@ -35,7 +43,12 @@ def fit(state, step, draw, *, steps, checkpoints, metrics, cursor=dict, config=N
       last = number == steps
       if evaluate and (_due(number, evaluate_every) or last):
         with metrics.paused():
-          metrics.write(number, evaluate(state.params))
+          values = evaluate(state.params)
+          metrics.write(number, values)
+        if not last and learnt(values):
+          print(f'ends at step {number}: the held-out loss is {values["heldout_loss"]:.4f}, '
+                f'{stop_loss} is enough (config.stop_loss)', flush=True)
+          last = True
       leave = preemption.should_stop(number)
       if _due(number, save_every) or last or leave:
         _stop_if_diverged(metrics.flush())
@@ -44,6 +57,8 @@ def fit(state, step, draw, *, steps, checkpoints, metrics, cursor=dict, config=N
         checkpoints.wait()
         raise Preempted(f'stopped by SIGTERM after step {number} of {steps}, which is saved; '
                         'run the same command to continue')
+      if last:
+        break
   checkpoints.wait()
   return state
 

@@ -107,6 +107,23 @@ def test_finished_run_draws_nothing_more(toy):
   assert int(toy(5).step) == 5 and toy.drawn == [3, 4]
 
 
+def test_a_loss_that_is_enough_ends_the_run_and_stays_the_end(toy, capsys):
+  def left(params):
+    return dict(heldout_loss=3 - params.slope.value)
+  toy.evaluate = left
+  whole = toy(20, save_every=3, evaluate_every=2)
+  losses_at = {line['step']: line['heldout_loss'] for line in metrics.read(toy.folder)
+               if 'heldout_loss' in line}
+  enough = losses_at[6] + 1e-6
+  toy.folder = toy.folder / 'short'
+  short = toy(20, save_every=4, evaluate_every=2, stop_loss=enough)
+  assert int(short.step) == 6 < int(whole.step) and toy.saved == [4, 6]
+  assert f'ends at step 6: the held-out loss is {losses_at[6]:.4f}' in capsys.readouterr().out
+  toy.drawn.clear()
+  assert int(toy(20, evaluate_every=2, stop_loss=enough).step) == 6 and toy.drawn == []
+  assert int(toy(20, evaluate_every=2).step) == 20  # asked for all steps, it goes on
+
+
 @pytest.mark.parametrize('moment', [3, 6])
 def test_sigterm_saves_and_the_next_run_goes_on(toy, tmp_path_factory, moment, step, specs):
   whole = Run(tmp_path_factory.mktemp('whole'), step, specs['dense'])
