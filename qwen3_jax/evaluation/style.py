@@ -59,10 +59,11 @@ dl.facts div { background: var(--card); border: 1px solid var(--rule); border-ra
   padding: 10px 14px }
 dt { color: var(--soft); font-size: 13px }
 dd { margin: 0; font-size: 20px; font-weight: 600; overflow-wrap: anywhere }
+.made dd { font-size: 14px; font-weight: 400 }
 figure { margin: 14px 0 0; background: var(--card); border: 1px solid var(--rule);
   border-radius: 8px; padding: 14px 16px 10px; min-width: 0 }
 .plot { overflow-x: auto }
-.plot svg { display: block; width: 100%; height: auto; min-width: 440px }
+.plot svg { display: block; width: 100%; height: auto; min-width: 400px }
 .wide .plot svg { min-width: 820px }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr));
   gap: 14px; margin-top: 14px }
@@ -110,7 +111,7 @@ section > details > pre { font-size: 13px; padding: 10px 0 0 18px }
 PRINT = """
 @media print {
   :root { --page: #fff }
-  body { font-size: 10.5pt } dd { font-size: 12pt } main { max-width: none; padding: 0 1px }
+  body { font-size: 10.5pt } dd { font-size: 12pt } .made dd { font-size: 8pt } main { max-width: none; padding: 0 1px }
   figure, .scroll, tr, dl.facts div, .answers > div { break-inside: avoid }
   article { break-inside: avoid } th:first-child { position: static }
   h2, h3 { break-after: avoid } h2 { margin-top: 26px } .prompt { break-after: avoid }
