@@ -40,6 +40,8 @@ def read(paths, shape, name, ask='', skip_bad=False, cache=None):
   for path in paths:
     for place, row in read_rows(path, cache):
       try:
+        if isinstance(row, ValueError):
+          raise row
         shaped = shape(row, Path(path))
         record = shaped and finish(shaped, row, name, ask)
       except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -98,7 +100,10 @@ def solve(record):
 # Files.
 
 def read_rows(path, cache=None):
-  """('line 3', row) of a file, row by row; ValueError names the place of what is not readable."""
+  """('line 3', row) of a file, row by row; a line that is not JSON is a ValueError in its place.
+
+  Raises ValueError where the file itself cannot be read.
+  """
   kind = files.split_name(path)[0]
   if kind == 'parquet':
     yield from _read_parquet(path)
@@ -114,7 +119,7 @@ def read_rows(path, cache=None):
         try:
           yield f'line {number}', json.loads(line)
         except (ValueError, RecursionError) as error:
-          raise ValueError(f'{path}, line {number}: not JSON: {error}') from error
+          yield f'line {number}', ValueError(f'not JSON: {error}')
 
 
 def _read_whole(local):
@@ -300,7 +305,8 @@ def bfcl(row, path):
 def _possible_answers(path):
   if not path.is_file():
     return {}
-  return {row['id']: row['ground_truth'] for _, row in read_rows(epath.Path(path))}
+  rows = (row for _, row in read_rows(epath.Path(path)))
+  return {row['id']: row['ground_truth'] for row in rows if isinstance(row, dict)}
 
 
 def arc_agi(row, path):

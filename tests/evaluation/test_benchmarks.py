@@ -248,9 +248,8 @@ def test_every_kind_of_file(tmp_path):
   (tmp_path / 'e.csv').write_text('question,answer\n' + ''.join(
     f'{row["question"]},"{row["answer"]}"\n' for row in rows))
   names = ['a.json', 'b.jsonl', 'c.jsonl.gz', 'd.json', 'e.csv']
-  arrow = pytest.importorskip('pyarrow')
-  arrow.parquet = pytest.importorskip('pyarrow.parquet')
-  arrow.parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / 'f.parquet')
+  arrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+  parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / 'f.parquet')
   found = [benchmarks.open_benchmark('gsm8k', tmp_path / name).records
            for name in [*names, 'f.parquet']]
   assert all(each == found[0] for each in found)
@@ -291,10 +290,13 @@ def test_spoilt_files(tmp_path):
   for name, content, complaint in (
       ('a.jsonl', '{"question"', 'a.jsonl, line 1: not JSON'),
       ('b.csv', 'question,answer\na,1\nb\n', 'b.csv, line 3: 1 cells under 2 names'),
-      ('c.parquet', 'PAR', 'not a Parquet file'), ('d.json', '{"a": ', 'd.json, line 1: not JSON')):
+      ('c.parquet', 'PAR', 'not a Parquet file|pip install pyarrow'), ('d.json', '{"a": ', 'd.json, line 1: not JSON')):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=complaint):
       benchmarks.open_benchmark('gsm8k', tmp_path / name)
+  (tmp_path / 'e.jsonl').write_text('{"question": "a", "answer": "1"}\n{"question": \n')
+  found = benchmarks.open_benchmark('gsm8k', tmp_path / 'e.jsonl', skip_bad=True)
+  assert len(found.records) == 1 and found.rejected == {'not JSON': 1}
 
 
 # Choosing.
