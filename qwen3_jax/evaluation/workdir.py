@@ -73,11 +73,7 @@ def count_cost(stage):
   config = stage['config'] or {}
   if 'model' not in config or 'data' not in config:
     return None
-  try:
-    teacher = recipe.read_spec(config['teacher']) if config.get('teacher') else None
-  except FileNotFoundError:
-    teacher = None
-  return recipe.spent(config, stage['metrics'], teacher)
+  return recipe.spent(config, stage['metrics'])
 
 
 def read_json(path):

@@ -131,15 +131,19 @@ def foresee(config, teacher=None):
   return _add_up(config, trained, trained * rollout.get('rounds', 1), teacher)
 
 
-def spent(config, lines, teacher=None):
-  """Cost of the steps in `lines`, those of a metrics.jsonl; `config` may be what JSON holds."""
+def spent(config, lines):
+  """Cost of the steps in `lines`, those of a metrics.jsonl; `config` may be what JSON holds.
+
+  Stages with rollouts have noted their FLOPs; of the others rows are counted, padding included.
+  """
   if not config.get('rollout'):
     rows = config['data']['batch'] * config['data']['length']
     return _add_up(config, len(lines) * rows)
   answers = config['rollout'].get('samples', 1)
   drawn = sum(line['prompts'] * answers * line['answer_tokens'] for line in lines
               if line.get('prompts') and line.get('answer_tokens'))
-  return _add_up(config, sum(line.get('tokens') or 0 for line in lines), drawn, teacher)
+  trained, flops = (sum(line.get(key) or 0 for line in lines) for key in ('tokens', 'flops'))
+  return Cost(trained, drawn, flops)
 
 
 def _add_up(config, trained, drawn=0, teacher=None):
