@@ -290,7 +290,8 @@ def test_spoilt_files(tmp_path):
   for name, content, complaint in (
       ('a.jsonl', '{"question"', 'a.jsonl, line 1: not JSON'),
       ('b.csv', 'question,answer\na,1\nb\n', 'b.csv, line 3: 1 cells under 2 names'),
-      ('c.parquet', 'PAR', 'not a Parquet file|pip install pyarrow'), ('d.json', '{"a": ', 'd.json, line 1: not JSON')):
+      ('c.parquet', 'PAR', 'not a Parquet file|pip install pyarrow'),
+      ('d.json', '{"a": ', 'd.json, line 1: not JSON')):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=complaint):
       benchmarks.open_benchmark('gsm8k', tmp_path / name)
