@@ -65,7 +65,20 @@ def make_plan(recipe, workdir, read, settings=(), start=None, until=None, init=N
       for field, source in origins.items():
         _set(config, field, _find(name, field, source, names[:i], names[:first], workdir))
     plan.append(Stage(name, config, workdir / name, origins))
+  check_shapes(plan)
   return plan
+
+
+def check_shapes(plan):
+  """ValueError where a stage starts from one whose model is another, before either is trained."""
+  models = {str(stage.folder): (stage.name, stage.config.model) for stage in plan}
+  for stage in plan:
+    name, before = models.get(stage.config.init, (None, stage.config.model))
+    for field in ('layers', 'width', 'heads', 'kv_heads', 'head_width', 'mlp', 'vocab', 'experts'):
+      old, new = before[field], stage.config.model[field]
+      if old != new:
+        raise ValueError(f'{stage.name} starts from {name}, whose config.model.{field} is {old}; '
+                         f'its own is {new}')
 
 
 def _find(name, field, source, earlier, skipped, workdir):
@@ -93,8 +106,9 @@ def _set(config, field, value):
 
 
 def teacher_spec(stage, plan):
-  """Spec of the stage's teacher: that of a stage in the plan, or of a folder; None of neither."""
-  folder = stage.config.get('teacher')
+  """Spec of the stage's first teacher, which is a stage of the plan or a folder; else None."""
+  routes = [folder for _, folder in stage.config.get('teachers', ())]
+  folder = stage.config.get('teacher') or (routes[0] if routes else None)
   if not folder:
     return None
   for other in plan:

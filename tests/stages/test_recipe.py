@@ -52,6 +52,11 @@ def test_a_start_behind_others_needs_what_they_made(tmp_path):
   assert (stage.config.init, stage.config.reference, stage.config.seed) == ('x', 'y', 12)
 
 
+def test_a_stage_of_another_model_is_named(tmp_path):
+  with pytest.raises(ValueError, match='s2 starts from s1, whose config.model.width is 64; .* 128'):
+    plan_in(workdir=epath.Path(tmp_path), settings=['s1.model.width=64'], until='s2')
+
+
 def test_costs_are_counted_by_hand():
   config = load_config('configs/s1.py:tiny')
   spec, tokens = load.spec_from(config.model), 600 * 4 * 256
