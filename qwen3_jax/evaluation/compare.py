@@ -1,7 +1,7 @@
 """Results of models side by side: a table for the terminal, Markdown, JSON and one HTML page."""
 from pathlib import Path, PurePath
 
-from qwen3_jax.evaluation import store, summary
+from qwen3_jax.evaluation import pictures, store, summary
 from qwen3_jax.evaluation.chart import Series, escape, write_figure
 from qwen3_jax.evaluation.style import write_style
 from qwen3_jax.evaluation.tables import write_table
@@ -32,7 +32,8 @@ def compare(to):
   'metric', 'parts': {short name: part}}]}. Raises FileNotFoundError where there are none.
   """
   results = [result for _, result in summary.read_results(to)]
-  names = shorten([result['model'] for result in results])
+  names = shorten([result['model'] for result in results],
+                  [result['fingerprint'] for result in results])
   rows = {}
   for name, result in zip(names, results):
     for part in result['parts']:
@@ -46,15 +47,15 @@ def compare(to):
                       for name, result in zip(names, results)}, rows=[rows[key] for key in ranked])
 
 
-def shorten(folders):
-  """The ends of paths, as short as keeps them distinct; equal paths get numbers."""
+def shorten(folders, marks):
+  """The ends of paths, as short as keeps them distinct; equal paths (new weights) get marks."""
   parts = [PurePath(folder).parts for folder in folders]
-  for size in range(1, 1 + max(map(len, parts), default=0)):
+  for size in range(1, 1 + max(map(len, parts))):
     names = ['/'.join(each[-size:]) for each in parts]
     if len(set(names)) == len(set(parts)):
       break
-  return [f'{name} ({names[:i].count(name) + 1})' if names.count(name) > 1 else name
-          for i, name in enumerate(names)]
+  return [f'{name} ({mark[:6]})' if names.count(name) > 1 else name
+          for name, mark in zip(names, marks)]
 
 
 def tabulate(table):
@@ -138,11 +139,15 @@ def _each(table):
 
 
 def write(to):
-  """Writes `to`/table.json, table.md and index.html; returns the table. See `compare`."""
+  """Writes `to`/table.json, table.md, index.html and, of its figures, figures/*.svg (and PNG where
+  it can be made); returns the table. See `compare`.
+  """
   table, to = compare(to), Path(to)
   store.write_json(to / 'table.json', table)
   store.write_text(to / 'table.md', to_markdown(table))
   store.write_text(to / 'index.html', write_page(table))
+  if draw_budgets(table):
+    pictures.write_pictures(to / 'index.html', to / 'figures')
   return table
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 from pathlib import Path
 
 import jax
@@ -95,9 +96,9 @@ def make_asks(benchmarks, modes=tuple(MODES), samples=None, budgets=(), max_toke
 def evaluate(model, asks, to, name=None, rows=64, router=None, mesh=None, progress=None):
   """What a model does on `asks` (see `make_asks`), as a dict that JSON can hold.
 
-  `model` is a folder (see `stages.load.find`) or a pair (model, tokenizer), which has a `name`. All
-  that is generated is kept below the folder `to` with its score, and what is there already is not
-  generated again; the result is also in `to`/results. `router` scores (by default one that
+  `model` is a folder (see `stages.load.find`) or a pair (model, tokenizer), which needs a `name`.
+  All that is generated is kept below the folder `to` with its score, and what is there already is
+  not generated again; the result is also in `to`/results. `router` scores (by default one that
   `benchmarks.open_router` opens). `rows` answers are written at once; under a `mesh` rows are split
   over its devices.
   `progress(dict)` is told of every step: part, done and total (problems), rate (so far),
@@ -107,8 +108,10 @@ def evaluate(model, asks, to, name=None, rows=64, router=None, mesh=None, progre
   """
   own = None if router else catalogue.open_router([ask.benchmark for ask in asks])
   try:
-    name = name or str(model)
-    model, tokenizer = model if isinstance(model, tuple) else open_model(model, mesh)
+    if not isinstance(model, tuple):
+      name = name or (str(model) if '://' in str(model) else os.path.abspath(model))
+      model = open_model(model, mesh)
+    model, tokenizer = model
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
       return _run(model, tokenizer, asks, to, name, rows, router or own, progress)
   finally:
@@ -149,8 +152,10 @@ def draw(decoder, tokenizer, ask, part, router, rows=64, progress=None):
   left = _refuse_long(left, prompts, runner.longest, part)
   tally = Tally(ask, part, progress)
   if left:
-    usual = min(ask.sampling.max_tokens, engine.USUAL) + max(map(len, prompts.values()))
-    runner.count = max(runner.count, 1 + min(rows, len(left)) * -(-usual // runner.page))
+    usual = min(ask.sampling.max_tokens, engine.USUAL) + max(
+      len(prompts[id(record)]) for _, record, _ in left)
+    pages = 1 + min(rows, len(left)) * -(-usual // runner.page)
+    runner.count = max(runner.count, engine.round_up(pages))  # parts compile alike
   with concurrent.futures.ThreadPoolExecutor(1) as scorer:
     for first in range(0, len(left), CHUNK * rows):
       chunk = left[first:first + CHUNK * rows]
@@ -254,9 +259,8 @@ def rescore(benchmarks, to, router):
         with ask.open(to, result['fingerprint']) as part:
           keys = [key for key in ask.jobs if 'text' in part.lines.get(key, ())]
           changed = _score(ask, part, router, keys)
-          if changed:
-            result['parts'][i] = summary.summarise(ask, part)
-            store.write_json(path, result)
+          result['parts'][i] = summary.summarise(ask, part)
+        store.write_json(path, result)
         yield dict(model=result['model'], part=ask.name, count=len(keys), changed=changed)
 
 

@@ -97,7 +97,7 @@ def keep(result, to):
   """
   folder = Path(to) / 'results'
   folder.mkdir(parents=True, exist_ok=True)
-  path = folder / f'{result["fingerprint"]}.json'
+  path = folder / f'{result["fingerprint"]}-{store.digest(result["model"], size=4)}.json'
   before = store.read_json(path)['parts'] if path.exists() else []
   name = lambda part: (part['benchmark'], part['mode'], part['budget'])
   parts = {name(part): part for part in [*before, *result['parts']]}

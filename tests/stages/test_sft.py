@@ -170,8 +170,8 @@ def test_evaluate_measures_a_run_and_refuses_nonsense(straight, tmp_path, capsys
   assert found['thinking']['count'] == 3 and len(found['budgets']) == 2
   assert 'last flag obeyed: ' in capsys.readouterr().out
   for flag, message in (('--budgets=1,x', 'want whole numbers with commas'),
-                        ('--count=0', '--count must be at least 1'),
-                        ('--tasks=gsm8k', 'want tasks, or tasks:kinds='),
+                        ('--count=0', '--limit must be at least 1'),
+                        ('--tasks=gsm8k', 'which folder holds its data?'),
                         ('--tasks=tasks:kinds=nonsense', 'no kind of task'),
                         (f'--model={tmp_path}/none', 'no model in')):
     assert main([*arguments, flag]) == 2
