@@ -20,7 +20,9 @@ def get_config(arg):
   config.teacher, config.teachers = None, ()  # (('beginning of a source', folder), ...) go first
   config.teacher_mesh = config.teacher_dtype = None  # those of the student
   config.teacher_offload = False  # in the host's memory while it does not score
-  config.distillation = dict(kind='reverse_kl', mix=0.5, temperature=1.0)
+  config.teacher_top = 64  # ids, of the kinds that know the teacher at a few
+  config.distillation = dict(kind='reverse_kl', mix=0.5, temperature=1.0, few=None,
+                             correction='token_tis')
   config.modes = dict(thinking=0.5, flags=0.5)  # of prompts that say nothing of their own
   config.rollout.update(dict(prompts=512, samples=1, updates=4, max_tokens=16_384, overlong=None,
                              old='engine'))

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3_jax.data import switches
+from qwen3_jax.kernels import divergence
 from qwen3_jax.model import transformer
 from qwen3_jax.stages import load, placement, pretrain, rl, rollouts, scorers, teacher
 from qwen3_jax.stages import run as stage
@@ -47,7 +48,7 @@ def run(config, workdir, tokenizer):
   def cast(params):
     return transformer.cast(params, dtype) if dtype != jnp.float32 else params
 
-  def loss(params, batch, head_VD):
+  def loss(params, batch, head_VD=None):
     return distillation.loss(cast(params), batch, head_VD, settings, size=tokenizer.size,
                              remat=config.remat, dtype=dtype, balance=config.balance or 0.0,
                              router_z=config.router_z or 0.0)
@@ -65,6 +66,7 @@ def run(config, workdir, tokenizer):
       heldout=[switches.switch(record, **config.modes) for record in rl.heldout_prompts(config)],
       router=scorers.open_router(config.rewards, mesh),
       values=rollouts.trainer_values(config, config.rollout.temperature, dtype, tokenizer.size),
+      likeliest=likeliest_ids(config, settings, dtype, tokenizer.size),
       teachers=open_teachers(config, routes, mesh))
   return stage.train(config, workdir, spec=spec, loss=loss, open_loader=open_lessons,
                      report=distillation.report, micro_rows=config.micro_rows, mesh=train_mesh)
@@ -81,6 +83,10 @@ def check(config, spec, settings):
   elif count > r.updates:
     wrong = (f'config.rollout.updates is {r.updates} with {count} teachers: an update has one '
              f'teacher; want at least {count}')
+  elif settings.kind == 'sampled' and settings.temperature != r.temperature:
+    wrong = (f'config.distillation.temperature is {settings.temperature}, '
+             f"config.rollout.temperature {r.temperature}: 'sampled' wants the distribution that "
+             'was drawn from')
   if wrong:
     raise ValueError(wrong)
 
@@ -101,16 +107,27 @@ def open_teachers(config, routes, mesh):
   opened = {folder: None for _, folder in routes}
   for folder in opened:
     opened[folder] = teacher.Teacher(folder, mesh, shape=config.teacher_mesh, dtype=dtype,
-                                     offload=config.teacher_offload, parts=config.data.batch)
+                                     offload=config.teacher_offload, parts=config.data.batch,
+                                     top=config.teacher_top)
   return [(prefix, opened[folder]) for prefix, folder in routes]
+
+
+def likeliest_ids(config, settings, dtype, size):
+  """ids(params, batch): the student's likeliest at each place (B, T, X); None where not asked."""
+  if settings.kind != 'student_top':
+    return None
+
+  def ids(params, batch):
+    return distillation.teacher_top(params, batch, config.teacher_top, size=size, dtype=dtype)[0]
+  return jax.jit(ids)
 
 
 class Lessons(rollouts.Rollouts):
   """Rollouts that teachers read; `frozen` is the head of the teacher of the batch last drawn."""
 
-  def __init__(self, *args, settings, teachers, **kwargs):
+  def __init__(self, *args, settings, teachers, likeliest, **kwargs):
     super().__init__(*args, **kwargs)
-    self.settings, self.routes = settings, teachers
+    self.settings, self.routes, self.likeliest = settings, teachers, likeliest
     self.teachers = list(dict.fromkeys(each for _, each in teachers))
     self.taught, self.frozen = [], ()
 
@@ -132,6 +149,15 @@ class Lessons(rollouts.Rollouts):
     raise ValueError(f'no teacher for prompts of the source {source!r}: config.teachers has '
                      f'{", ".join(repr(prefix) for prefix, _ in self.routes)}; add it there, or '
                      'set config.teacher for all others')
+
+  def settle(self, params, step, drawn, notes):
+    """The batches, of 'student_top' with the ids that the student finds likeliest now."""
+    batches = super().settle(params, step, drawn, notes)
+    if self.likeliest:
+      for batch in batches:
+        self.spend(batch, lambda length: rollouts.forward_flops(self.spec, length))
+        batch['top_ids_BTX'] = np.asarray(self.likeliest(params, self.spread(batch)))
+    return batches
 
   def deal(self, drawn, updates=None):
     """Samples for each update, all of one teacher; teachers have updates by their prompts."""
@@ -155,7 +181,7 @@ class Lessons(rollouts.Rollouts):
     if not self.taught:
       self.taught = self.teach([batch, *self.ready])
     reader = self.teachers[batch['teacher_B'][0]]
-    self.frozen = reader.head_VD,
+    self.frozen = (reader.head_VD,) if self.settings.kind in divergence.KINDS else ()
     self.spend(batch, lambda length: rollouts.forward_flops(reader.spec, length))
     return self.spread({name: x for name, x in batch.items() if name != 'teacher_B'}
                        ) | self.taught.pop(0)
