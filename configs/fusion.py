@@ -9,7 +9,9 @@ from qwen3_jax.stages.defaults import REASONING, supervised
 
 def get_config(arg):
   config = supervised('fusion', arg, tiny_steps=1600)
+  config.measure.budgets = 0, 256, 1024, 4096
   if config.model.layers == 4:
+    config.measure.budgets = 0, 8, 16, 32, 64
     config.optim.update(dict(schedule='linear', peak_lr=2e-3))
     config.prepare = dict(
         by='fuse', config='configs/fuse.py:tiny',

@@ -1,10 +1,31 @@
-"""The recipe: the stages in order, each starting from the weights of the one before."""
+"""The recipe: the stages in order, each starting from the weights of the one before.
+
+The argument is the size of the flagship and, after a comma, that of the student it teaches in the
+end (8b,0.6b); without one there is no student, but for tiny and tiny,moe, whose student is made
+here too. A released student starts from its base: --set=distill_off.init=Qwen3-0.6B-Base.
+"""
 from ml_collections import ConfigDict
+
+from qwen3_jax.stages.defaults import STUDENTS
 
 STAGES = 's1', 's2', 's3', 'cold_start', 'reasoning_rl', 'fusion', 'general_rl'
 
 
 def get_config(arg):
-  arg = arg or 'tiny'
-  stages = tuple((name, f'configs/{name}.py:{arg}') for name in STAGES)
-  return ConfigDict(dict(stages=stages, seed=0))
+  size, _, student = (arg or 'tiny').partition(',')
+  if student in STUDENTS:
+    arg = size
+  elif size == 'tiny':
+    student = arg or 'tiny'
+  else:
+    student = None  # the argument itself is judged by the stages' configs
+  stages = [(name, f'configs/{name}.py:{arg or "tiny"}') for name in STAGES]
+  if student:
+    tiny = size == 'tiny'
+    if tiny:
+      stages.append(('student', f'configs/student.py:{student}',
+                     {'init': None, 'data.tokenizer': 's1/tokenizer'}))
+    stages.append(('distill_off', f'configs/distill_off.py:{student}',
+                   {'teacher': STAGES[-1]} | ({} if tiny else {'init': None})))
+    stages.append(('distill_on', f'configs/distill_on.py:{student}', {'teacher': STAGES[-1]}))
+  return ConfigDict(dict(stages=tuple(stages), seed=0))

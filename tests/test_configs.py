@@ -13,7 +13,7 @@ from qwen3_jax.commands import config as configs
 from qwen3_jax.commands import evaluate, train
 from qwen3_jax.spec import RELEASED, Spec
 from qwen3_jax.stages import load
-from qwen3_jax.stages.defaults import RECIPES
+from qwen3_jax.stages.defaults import RECIPES, STUDENTS
 from qwen3_jax.training import metrics, optim
 
 REPO = Path(configs.__file__).resolve().parents[2]
@@ -21,6 +21,7 @@ FILES = sorted(path.stem for path in (REPO / 'configs').glob('*.py'))
 PRETRAINING = 's1', 's2', 's3'
 POST_TRAINING = 'cold_start', 'fusion', 'reward_model', 'dpo'
 REINFORCEMENT = 'reasoning_rl', 'general_rl'
+DISTILLATION = 'distill_off', 'distill_on'
 SIZED = (*PRETRAINING, *POST_TRAINING, *REINFORCEMENT, 'recipe')
 ARGUMENTS = dict(filter=('', 'cold_start', 'rl', 'text', 'chat', 'plain', 'rejection', 'synthetic',
                          'cold_start,tiny', 'rejection,tiny', 'plain,tiny'),
@@ -29,7 +30,7 @@ TOKENS = dict(s1=30e12, s2=5e12, s3=300e9)
 
 
 def test_every_file_is_known_here():
-  assert set(FILES) == {*SIZED, *ARGUMENTS}
+  assert set(FILES) == {*SIZED, *ARGUMENTS, *DISTILLATION, 'student'}
 
 
 @pytest.mark.parametrize('name, argument', [(n, a) for n in ARGUMENTS for a in ARGUMENTS[n]])
@@ -39,12 +40,36 @@ def test_files_of_other_commands_build(name, argument):
     configs.load_config(f'configs/{name}.py:nonsense')
 
 
+@pytest.mark.parametrize('size', [*STUDENTS, 'tiny', 'tiny,moe', ''])
+@pytest.mark.parametrize('name', DISTILLATION)
+def test_distillation_builds_for_each_student(name, size):
+  config = configs.load_config(f'configs/{name}.py:{size}')
+  spec = load.spec_from(config.model)
+  assert spec.parameters() < load.spec_from(configs.load_config(
+    f'configs/fusion.py:{"32b" if size in STUDENTS else size}').model).parameters()
+  with pytest.raises(ValueError, match='a larger model is a teacher'):
+    configs.load_config(f'configs/{name}.py:32b')
+
+
+@pytest.mark.parametrize('argument, names', [
+  ('8b', []), ('32b,0.6b', ['distill_off', 'distill_on']),
+  ('tiny', ['student', 'distill_off', 'distill_on']), ('tiny,moe', ['student', 'distill_off',
+                                                                    'distill_on'])])
+def test_a_recipe_ends_with_the_students_it_was_asked_for(argument, names):
+  stages = configs.load_config(f'configs/recipe.py:{argument}').stages
+  assert [name for name, *_ in stages[7:]] == names
+  for name, file, links in stages[7:]:
+    config = configs.load_config(file)
+    assert config.model.layers <= (28 if argument == '32b,0.6b' else 3)
+    assert name == 'student' or links['teacher'] == 'general_rl'
+
+
 @pytest.mark.parametrize('size', [*RECIPES, 'tiny', 'tiny,moe', ''])
 @pytest.mark.parametrize('name', SIZED)
 def test_each_file_builds_for_each_size(name, size):
   config = configs.load_config(f'configs/{name}.py:{size}')
   if name == 'recipe':
-    assert all(configs.load_config(file) for _, file in config.stages)
+    assert all(configs.load_config(file) for _, file, *_ in config.stages)
     return
   spec = load.spec_from(config.model)
   base = RELEASED.get(f'{size}-base')
@@ -158,7 +183,8 @@ def test_each_key_of_reinforcement_is_read(smallest, tmp_path, quick_compilation
   recorded = record(config)
   Recorded.read.clear()
   assert train.train(recorded, epath.Path(tmp_path / 'rl')) == 0
-  assert keys - Recorded.read == {'data.tokenizer_size'}  # a tokenizer is given
+  assert {key for key in keys - Recorded.read if not key.startswith('measure.')} == {
+    'data.tokenizer_size'}  # a tokenizer is given; what a recipe measures goes to `evaluate.run`
 
 
 def test_each_key_of_the_recipe_is_read():

@@ -75,18 +75,23 @@ def supervised(stage, arg, tiny_steps):
   config.stop_loss = None  # on held-out conversations: ends the stage before its last step
   del config.data.weights  # of documents
   config.prepare = None  # see commands.prepare
-  config.measure = dict(tasks='tasks', count=512, flags=256, budgets=(0, 256, 1024, 4096),
-                        max_tokens=8192)
+  config.measure = measure_modes(small)
   config.data.update(dict(skip_bad=False, too_long='drop', keep_whole=32))
   if small:
     config.data.length, config.data.batch = 256, 4
-    config.measure = dict(tasks=REASONING, count=256, flags=128, budgets=(0, 8, 16, 32, 64),
-                          max_tokens=160, plain_penalty=None)  # an answer may repeat a digit
   else:
     config.model.max_position = 40_960
     config.data.length, config.data.batch = 32_768, 32
     config.optim.update(dict(schedule='cosine', peak_lr=7e-6, warmup=50, final=0.1))
   return config
+
+
+def measure_modes(small):
+  """How a recipe measures a stage's model in both modes: the arguments of `evaluate.run`."""
+  if small:
+    return dict(tasks=REASONING, count=256, flags=128, budgets=(), max_tokens=160,
+                plain_penalty=None)  # an answer may repeat a digit
+  return dict(tasks='tasks', count=512, flags=256, budgets=(), max_tokens=8192)
 
 
 def _fields(spec):
@@ -147,6 +152,7 @@ def reinforcement(stage, arg, **own):
   config.rewards = dict(defaults={}, gates=('mode',), code=None, judge=None, reward_model=None,
                         functions=(), workers=8, seconds={})
   config.measure_reward = dict(prompts=512, samples=4)
+  config.measure = measure_modes(small)
   del config.data.length_mix, config.data.weights, config.data.heldout_batches
   config.data.update(dict(used=(), tokenizer_size=None, length=32_768, batch=16))
   config.steps, config.save_every, config.evaluate_every = 680, 40, 20  # 170 rollouts
