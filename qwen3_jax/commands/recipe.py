@@ -57,13 +57,25 @@ def main(args):
     print(f'\n== {place}, {elapsed(begun)} after the start', flush=True)
     with explained(place, stage, workdir):
       with timed(stage.folder, 'train'):
-        code = train.train(stage.config, stage.folder)
+        code = advance(stage)
       if code:
         tell(place, stage, workdir, f'ended with exit code {code}')
         return code
       with timed(stage.folder, 'measure'):
         examine(stage.config, stage.folder)
   return finish(plan, workdir, begun)
+
+
+def advance(stage):
+  """Trains a stage to its last step, unless that one is saved and sound; returns the exit code."""
+  from qwen3_jax.training import checkpoint
+  saved = checkpoint.steps(stage.folder / 'checkpoints')
+  if saved and saved[-1] == stage.config.steps and not checkpoint.find_fault(
+      stage.folder / 'checkpoints' / str(saved[-1])):
+    train.claim(stage.folder, stage.config)
+    print('trained before', flush=True)
+    return 0
+  return train.train(stage.config, stage.folder)
 
 
 def elapsed(begun):

@@ -91,6 +91,10 @@ def test_any_stage_from_any_checkpoint(settings, smallest, tmp_path, capsys):
   assert json.loads((tmp_path / 'two/plan.json').read_text()) == {
     's2': {'init': str(tmp_path / 'one')}}
   assert set(json.loads((tmp_path / 'two/s2/times.json').read_text())) == {'train', 'measure'}
+  begun = (tmp_path / 'two/s2/metrics.jsonl').stat().st_mtime_ns
+  assert main([*run, f'--init={tmp_path / "one"}']) == 0
+  assert 'trained before' in capsys.readouterr().out
+  assert (tmp_path / 'two/s2/metrics.jsonl').stat().st_mtime_ns == begun
   assert main([*run, f'--init={tmp_path / "one"}', '--set=s2.optim.peak_lr=0.1']) == 2
   assert 's2 (stage 1 of 1) failed (ValueError). What is finished is kept' in (
     capsys.readouterr().err)
