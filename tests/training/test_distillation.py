@@ -168,7 +168,7 @@ def compare(got, want, rtol=1e-4):
     assert np.linalg.norm(a - b) <= rtol * np.linalg.norm(b) + 1e-7
 
 
-@pytest.mark.parametrize('kind', ['jsd', 'sampled', 'student_top'])
+@pytest.mark.parametrize('kind', ['sampled', 'student_top'])
 def test_packed_equals_separate(pair, kind):
   student, teacher = pair[0]['dense'], pair[1]
   samples = draw_samples(6)
@@ -179,19 +179,27 @@ def test_packed_equals_separate(pair, kind):
   assert want[1]['kl'] > 0.01 and want[1]['entropy'] > 1
 
 
-@pytest.mark.parametrize('kind, name', [('reverse_kl', 'moe'), ('sampled', 'dense')])
-def test_micro_batches_and_meshes_equal_one_batch_of_one_device(pair, kind, name):
-  student, teacher = pair[0][name], pair[1]
+@pytest.fixture(scope='module')
+def step_alone(pair):
+  """(batch, gradients and values of one step) of the dense student by the reverse KL."""
   samples = draw_samples(6, seed=1)
   rows = pack([samples[:2], samples[2:3], samples[3:5], samples[5:]])
-  batch, head_VD = ask(student, teacher, rows, kind), teacher.head()
-  want = one_step(student, batch, head_VD, kind)
-  compare(one_step(student, batch, head_VD, kind, parts=2), want)
+  batch = ask(pair[0]['dense'], pair[1], rows, 'reverse_kl')
+  return batch, one_step(pair[0]['dense'], batch, pair[1].head(), 'reverse_kl')
+
+
+def test_micro_batches_add_up_to_one_batch(pair, step_alone):
+  batch, want = step_alone
+  compare(one_step(pair[0]['dense'], batch, pair[1].head(), 'reverse_kl', parts=2), want)
+
+
+def test_on_a_mesh_equals_alone(pair, step_alone):
+  batch, want = step_alone
   mesh = alphabet.make_mesh(dict(fsdp=2, tensor=2))
-  tree = student, batch, dict(head_VD=head_VD)
+  tree = pair[0]['dense'], batch, dict(head_VD=pair[1].head())
   placed, there, head = jax.tree.map(jax.device_put, tree, alphabet.shardings(tree, mesh))
   with jax.set_mesh(mesh):
-    compare(one_step(placed, there, head['head_VD'], kind), want)
+    compare(one_step(placed, there, head['head_VD'], 'reverse_kl'), want)
 
 
 def test_terms_of_the_experts_are_added(pair):
@@ -239,7 +247,7 @@ def test_no_logits_of_all_tokens(pair, monkeypatch):
   batch = pack([[s] for s in draw_samples(4)])
   for kind in KINDS:
     def everything(student, teacher, batch, kind=kind):
-      batch = ask(student, teacher, batch, kind)
+      batch = ask.__wrapped__(student, teacher, batch, kind)  # not what was traced before
       return jax.value_and_grad(distillation.loss, has_aux=True)(
         student, batch, teacher.head(), distillation.Distillation(kind))
     text = str(jax.make_jaxpr(everything)(student, teacher, batch))
