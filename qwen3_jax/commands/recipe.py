@@ -155,7 +155,8 @@ def describe(plan):
                  count(config), tokens, flops, '; '.join(origins(stage))))
   wide = [max(map(len, column)) for column in zip(*rows)]
   lines = ['  '.join(f'{cell:<{w}}' for cell, w in zip(row, wide)).rstrip() for row in rows]
-  return lines + [f'together at most {total:.2g} FLOPs, and what making data and measuring take']
+  more = ', stages that go by their data' if any('by the data' in row for row in rows) else ''
+  return lines + [f'together at most {total:.2g} FLOPs; not counted: making data, measuring{more}']
 
 
 def origins(stage):
