@@ -25,7 +25,8 @@ DISTILLATION = 'distill_off', 'distill_on'
 SIZED = (*PRETRAINING, *POST_TRAINING, *REINFORCEMENT, 'recipe')
 ARGUMENTS = dict(filter=('', 'cold_start', 'rl', 'text', 'chat', 'plain', 'rejection', 'synthetic',
                          'cold_start,tiny', 'rejection,tiny', 'plain,tiny'),
-                 fuse=('', 'tiny'), mix=('', 'tiny', 'proxy'))
+                 fuse=('', 'tiny', 'distill', 'distill,tiny'),
+                 compare=('', 'tiny', 'tiny,moe', '8b'), mix=('', 'tiny', 'proxy'))
 TOKENS = dict(s1=30e12, s2=5e12, s3=300e9)
 
 

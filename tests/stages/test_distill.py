@@ -154,22 +154,26 @@ def test_prompts_go_to_the_teacher_of_their_source(settings, models, tmp_path):
     run(tmp_path / 'one', settings(**two | dict(teachers=two['teachers'][:1]), **few))
 
 
-@pytest.mark.parametrize('kind', ['forward_kl', 'sampled', 'teacher_top', 'student_top'])
-def test_other_divergences_bring_it_nearer_too(kind, settings, tmp_path):
+@pytest.mark.parametrize('kind', ['sampled', 'teacher_top', 'student_top'])
+def test_other_kinds_ask_the_teacher_for_what_they_need(kind, settings, tmp_path):
   few = settings(distillation__kind=kind, teacher_top=20, steps=4, save_every=None,
                  evaluate_every=None, data__heldout=None, parity__every=None)
   assert run(tmp_path, few) == 0
-  values = [line['kl'] for line in metrics.read(tmp_path)]
-  assert 0 < values[-1] < values[0]
+  lines = metrics.read(tmp_path)
+  assert all(line['grad_norm'] > 0 for line in lines)
+  if kind == 'sampled':  # an estimate from a few hundred tokens, of a divergence of 0.02 nats
+    assert lines[0]['ratio'] == 1.0 and abs(lines[0]['kl']) < 0.1
+  else:
+    assert 0 < lines[-1]['kl'] < lines[0]['kl']
 
 
 def test_updates_are_shared_out_by_prompts():
   assert distill.share_out({0: 30, 1: 10}, 4) == {0: 3, 1: 1}
   assert distill.share_out({0: 98, 2: 1, 5: 1}, 3) == {0: 1, 2: 1, 5: 1}
   assert distill.share_out({0: 1, 1: 2}, 8) == {0: 1, 1: 2}  # none is empty
-  lessons = types.SimpleNamespace(config=types.SimpleNamespace(
-    seed=0, rollout=types.SimpleNamespace(updates=4)), settled=0)
-  lessons.__class__ = type('Some', (distill.Lessons,), {'__init__': lambda self: None})
+  lessons = distill.Lessons.__new__(distill.Lessons)  # without models
+  lessons.settled, lessons.config = 0, types.SimpleNamespace(
+    seed=0, rollout=types.SimpleNamespace(updates=4))
   drawn = [Sample(np.zeros(3), np.ones(3), np.zeros(3), group=g, teacher=g % 2)
            for g in range(10) for _ in range(2)]
   dealt = lessons.deal(drawn)
@@ -235,7 +239,7 @@ def test_a_teacher_writes_right_answers_in_both_modes(tmp_path, monkeypatch):
   with serve(play) as (url, _):
     assert main(['fuse', '--config=configs/fuse.py:distill,tiny', f'--model={url}',
                  f'--queries={spec}', f'--plain={spec}', f'--workdir={tmp_path}/out']) == 0
-  kept = list(conversations.read(str(tmp_path / 'out/plain/4_responses/accepted.jsonl')))
+  kept = list(conversations.read(str(tmp_path / 'out/plain/3_responses/accepted.jsonl')))
   asked = {record['messages'][0]['content'] for record in kept}
   assert asked == {question for question in solved if len(question) % 3}
   fused = list(conversations.read(str(tmp_path / 'out/fused.jsonl')))
