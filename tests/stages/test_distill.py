@@ -154,6 +154,7 @@ def test_prompts_go_to_the_teacher_of_their_source(settings, models, tmp_path):
     run(tmp_path / 'one', settings(**two | dict(teachers=two['teachers'][:1]), **few))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['sampled', 'teacher_top', 'student_top'])
 def test_other_kinds_ask_the_teacher_for_what_they_need(kind, settings, tmp_path):
   few = settings(distillation__kind=kind, teacher_top=20, steps=4, save_every=None,
