@@ -228,7 +228,7 @@ class _Reader:
     values = []
     while self.peek() not in (*_CLOSING[opening], None):
       values.extend(self.read_relation())
-      if self.peek() not in _CLOSING[opening]:
+      if self.peek() is None or self.peek() not in _CLOSING[opening]:
         self.take(',', ';')
     closing = self.take(*_CLOSING[opening])
     self.depth -= 1
@@ -370,8 +370,8 @@ class _Reader:
   def read_unit(self):
     token = self.take()
     if token[0].isdigit() or token[0] == '.':
-      if not token.isascii() or len(token) > DIGITS:
-        raise Unknown('too many digits')
+      if not token.isascii() or len(token) > DIGITS or token == '.':
+        raise Unknown('no number, or too many digits')
       return _make(Fraction(token))
     if token in ('(', '{', '['):
       value, both = self.read_sum(double=False)

@@ -95,6 +95,16 @@ def test_hostile_text_is_refused_at_once(text):
   assert time.process_time() - start < 1
 
 
+def test_no_text_upsets_the_parser():
+  """An answer that raises would count as unscored, which is not the model's due."""
+  pieces = [*'0123456789.,+-*/^()[]{}=<>|!%$ \\abxπ∞', '\\frac', '\\sqrt', '\\binom', '\\boxed',
+            '\\pi', '\\infty', '\\text', '\\left', '\\right', '\\cup', '\\pm', ' . ']
+  draw = random.Random(0)
+  for _ in range(20_000):
+    text = ''.join(draw.choice(pieces) for _ in range(draw.randint(1, 14)))
+    assert compare(text, '18') in (None, True, False), text
+
+
 def test_choices_and_text():
   assert agree('I think (B) is right. The answer is (B).', 'B')
   assert agree('\\boxed{\\textbf{(C)}\\ 12}', 'C', kind='choice')
