@@ -30,11 +30,11 @@ def get_config(arg):
   config.optim.update(dict(schedule='constant', peak_lr=5e-6, warmup=20))
   if small:
     config.lora.rank = None
-    config.rollout.update(dict(prompts=128, updates=2, max_tokens=160))
+    config.rollout.update(dict(prompts=256, updates=4, max_tokens=128))
     config.data.sources = ((f'{REASONING},thinking=mixed', 1.0),)
     config.data.heldout = tuple(name for name, _ in config.data.sources)
     config.modes.flags = 0.25
     config.data.batch = 8
-    config.steps, config.save_every, config.evaluate_every = 50, 10, 10
-    config.optim.update(dict(schedule='linear', peak_lr=2e-3, warmup=5, b2=0.99))
+    config.steps, config.save_every, config.evaluate_every = 120, 20, 40
+    config.optim.update(dict(schedule='linear', peak_lr=5e-3, warmup=5, b2=0.98))
   return config
