@@ -31,8 +31,9 @@ def get_config(arg):
   if small:
     config.lora.rank = None
     config.rollout.update(dict(prompts=256, updates=4, max_tokens=128))
-    config.data.sources = ((f'{REASONING},thinking=mixed', 1.0),)
-    config.data.heldout = tuple(name for name, _ in config.data.sources)
+    # `mode` has flags in earlier turns: without it the student forgets whom to obey
+    config.data.sources = (f'{REASONING},thinking=mixed', 1.0), ('mode:difficulty=1', 0.25)
+    config.data.heldout = (f'{REASONING},thinking=mixed',)
     config.modes.flags = 0.25
     config.data.batch = 8
     config.steps, config.save_every, config.evaluate_every = 120, 20, 40

@@ -8,19 +8,21 @@ stages; --set s1.steps=500 sets one field of one stage.
 Examples:
   python -m qwen3_jax recipe --config=configs/recipe.py:tiny --workdir=runs/tiny
   python -m qwen3_jax recipe --config=configs/recipe.py:tiny --workdir=runs/tiny --until=s1
+  python -m qwen3_jax recipe --config=configs/recipe.py:tiny,compare --workdir=runs/tiny
   python -m qwen3_jax recipe --config=configs/recipe.py:8b --workdir=runs/8b --dry-run
   python -m qwen3_jax recipe --config=configs/recipe.py:0.6b --workdir=runs/post \\
     --from=cold_start --init=Qwen3-0.6B-Base
 """
 import contextlib
 import json
+import math
 import sys
 import time
 
 from etils import epath
 
+from qwen3_jax.commands import compare, evaluate, report, train
 from qwen3_jax.commands import config as configs
-from qwen3_jax.commands import evaluate, report, train
 
 
 def add_arguments(parser):
@@ -63,6 +65,10 @@ def main(args):
         return code
       with timed(stage.folder, 'measure'):
         examine(stage.config, stage.folder)
+  if config.compare and plan[-1].name == config.stages[-1][0]:
+    print(f'\n== ways on from {config.compare.init}, {elapsed(begun)} after the start', flush=True)
+    if code := compare_ways(config.compare, workdir):
+      return code
   return finish(plan, workdir, begun)
 
 
@@ -70,12 +76,29 @@ def advance(stage):
   """Trains a stage to its last step, unless that one is saved and sound; returns the exit code."""
   from qwen3_jax.training import checkpoint
   saved = checkpoint.steps(stage.folder / 'checkpoints')
-  if saved and saved[-1] == stage.config.steps and not checkpoint.find_fault(
+  if saved and is_last(stage, saved[-1]) and not checkpoint.find_fault(
       stage.folder / 'checkpoints' / str(saved[-1])):
     train.claim(stage.folder, stage.config)
     print('trained before', flush=True)
     return 0
   return train.train(stage.config, stage.folder)
+
+
+def compare_ways(given, workdir):
+  """Trains and tabulates what else the student of a stage could have learnt from."""
+  config = configs.load_config(given.config)
+  with config.unlocked():
+    config.init, config.teacher = (str(workdir / given[field]) for field in ('init', 'teacher'))
+  return compare.compare(config, workdir / 'compared')
+
+
+def is_last(stage, step):
+  """Whether the stage ends with `step`: by its config, or by a held-out loss that was enough."""
+  from qwen3_jax.training import metrics
+  enough = stage.config.get('stop_loss')
+  return step == stage.config.steps or enough is not None and any(
+    line['step'] == step and line.get('heldout_loss', math.inf) <= enough
+    for line in metrics.read(stage.folder))
 
 
 def elapsed(begun):

@@ -1,9 +1,9 @@
 """Writes the report of a run: curves, tables, transcripts and figures on one HTML page.
 
 Reads DIR/<stage>/metrics.jsonl, config.json, samples.json, modes.json and what else every stage has
-kept (or those of DIR itself, for a single run), DIR/comparison.json and DIR/facts.json; what is
-missing is left out. The page needs no network and no scripts. Every figure is written into a folder
-beside it too, as SVG and as PNG.
+kept (or those of DIR itself, for a single run), DIR/compared/comparison.json and DIR/facts.json;
+what is missing is left out. The page needs no network and no scripts. Every figure is written into
+a folder beside it too, as SVG and as PNG.
 
 Examples:
   python -m qwen3_jax report --workdir=runs/tiny
@@ -35,7 +35,7 @@ def write(workdir, path=None, title=None):
   path = path or workdir / 'report.html'
   title = title or f'Qwen3 in JAX: {workdir.resolve().name}'
   write_report(path, title, stages, {'versions': list_versions()} | facts,
-               read_json(workdir / 'comparison.json'))
+               read_json(workdir / 'compared' / 'comparison.json'))
   problem = write_pictures(path, path.parent / f'{path.stem}_figures')
   if problem:
     print(f'figures are SVG only: {problem}')

@@ -111,7 +111,8 @@ section > details > pre { font-size: 13px; padding: 10px 0 0 18px }
 PRINT = """
 @media print {
   :root { --page: #fff }
-  body { font-size: 10.5pt } dd { font-size: 12pt } .made dd { font-size: 8pt } main { max-width: none; padding: 0 1px }
+  body { font-size: 10.5pt } dd { font-size: 12pt } .made dd { font-size: 8pt }
+  main { max-width: none; padding: 0 1px }
   figure, .scroll, tr, dl.facts div, .answers > div { break-inside: avoid }
   article { break-inside: avoid } th:first-child { position: static }
   h2, h3 { break-after: avoid } h2 { margin-top: 26px } .prompt { break-after: avoid }
