@@ -166,7 +166,7 @@ def reinforcement(stage, arg, **own):
     config.policy.kind = 'dapo'  # at this learning rate GSPO's band would leave few answers
     config.engine.update(dict(rows=128, pages=1280))  # 128 texts of 256 tokens and their prompts
     config.rewards.workers = 2
-    config.entropy.update(dict(target=0.08, width=0.5))
+    config.entropy.update(dict(width=0.5, delta=0.01, start=0.01, most=0.1))
     config.parity.update(dict(every=10, mean=1e-4, kl=1e-4))
     config.measure_reward = dict(prompts=256, samples=2)
     config.data.length, config.data.batch = 256, 16

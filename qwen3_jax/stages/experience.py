@@ -90,8 +90,8 @@ class Experience(Rollouts):
     if self.reference:
       self.look_up(self.reference, drawn, 'reference_logp')
     if self.controller:
-      low, high = self.controller.band()
       self.bonus = self.controller.update(self.notes['rollout_entropy'])
+      low, high = self.controller.band()
       self.notes |= dict(entropy_low=low, entropy_high=high, entropy_bonus=self.bonus)
 
   def pack(self, chosen, number):
