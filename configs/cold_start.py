@@ -7,6 +7,8 @@ enough for rewards to have something to teach.
 """
 from qwen3_jax.stages.defaults import REASONING, supervised
 
+SUMS = 'tasks:kinds=chain,difficulty=1,size=400'  # what rewards teach next
+
 
 def get_config(arg):
   config = supervised('cold_start', arg, tiny_steps=1400)
@@ -14,6 +16,6 @@ def get_config(arg):
     config.optim.update(dict(schedule='linear', peak_lr=4e-3))
     config.prepare = dict(by='filter', config='configs/filter.py:cold_start,tiny', set=(),
                           inputs=dict(input=(f'{REASONING},size=10000',)))
-    config.data.heldout = (f'{REASONING},size=400',)
-    config.stop_loss = 0.01  # about half of the sums are right then, by whatever step that is
+    config.data.heldout = SUMS, f'{REASONING},size=400'
+    config.stop_loss = 0.04  # of sums: about half are right then, by whatever step that is
   return config

@@ -30,7 +30,7 @@ def get_config(arg):
   config.data.sources = TINY if small else SOURCES
   config.data.heldout = tuple(name for name, _ in config.data.sources)
   if small:
-    config.steps, config.save_every, config.evaluate_every = 40, 20, 40
+    config.steps, config.save_every, config.evaluate_every = 32, 16, 32
   else:
     config.rewards.code = True
     config.steps = 400

@@ -13,5 +13,4 @@ def get_config(arg):
   if config.model.layers == 4:
     config.data.sources = (('tasks:kinds=chain,difficulty=1', 1.0),)
     config.data.heldout = tuple(name for name, _ in config.data.sources)
-    config.steps, config.evaluate_every = 120, 60
   return config

@@ -6,7 +6,7 @@ def get_config(arg):
   config = pretraining('s1', arg, tokens=30 * 10**12)
   config.optim.schedule, config.optim.final = 'cosine', 0.3
   if config.model.layers == 4:
-    config.steps, config.data.batch = 600, 4
+    config.steps, config.data.batch = 500, 4
     config.save_every = config.evaluate_every = 200
     config.data.heldout_batches = 16
     config.data.sources = (('stdlib', 1.0),)

@@ -63,6 +63,7 @@ class Engine:
     self.prefilled = self.preempted = 0  # tokens computed before decoding; texts set aside
     self.rows = -(-rows // self.shards)  # of each shard
     self.together = self.rows if self.paged else min(self.rows, GROUP)
+    self.factor = 2 if self.paged else 4  # between the sizes of two calls
     alone = jax.sharding.get_abstract_mesh().empty  # programs of several devices wait for another
     self.threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count()) if alone else None
     self.count = -(-pages // self.shards) + 1 if self.fixed else 1 + 2 * self.rows
@@ -130,7 +131,7 @@ class Engine:
     self._open([request or Request([0])])
     columns = sorted({self._columns([n]) for n in range(longest + 1)})
     self._make_pool()
-    for B in self._sizes(2, self.together):
+    for B in self._sizes(self.factor, self.together):
       for C in columns[1:]:
         tables = self._tables([], [], B, C, (self.chunk + self.page - 2) // self.page + 1)
         self._draw([([], [], self._rows([], [], B), *tables, np.int32(1))])
@@ -289,11 +290,12 @@ class Engine:
 
   def _call(self, texts, waiting):
     """What one call reads: (texts, their rows, `Rows`, pages to read, pages to write, least)."""
-    place, B = self._place(texts, 2, self.together)
+    place, B = self._place(texts, self.factor, self.together)
     held = [len(text.pages) * self.page if self.paged else text.cached for text in texts]
     tables = self._tables(place, texts, B, max(1, self._columns(held)),
                           (self.chunk + self.page - 2) // self.page + 1)
-    least = len(texts) - len(texts) // DEAD if waiting else min(len(texts), B // 2 + 1)
+    fewer = max((size for size in self._sizes(self.factor, self.together) if size < B), default=0)
+    least = len(texts) - len(texts) // DEAD if waiting else min(len(texts), fewer + 1)
     return texts, place, self._rows(place, texts, B), *tables, np.int32(least)
 
   def _draw(self, calls):
