@@ -61,7 +61,8 @@ def get_config(arg):
 def echo(tmp_path):
   """Runs the dispatcher, copied beside one command `echo`, with the given arguments."""
   (tmp_path / 'qwen3_jax/commands').mkdir(parents=True)
-  for name in ('__init__.py', '__main__.py', 'commands/__init__.py', 'commands/config.py'):
+  for name in ('__init__.py', '__main__.py', 'commands/__init__.py', 'commands/config.py',
+               'commands/compiled.py'):
     shutil.copy(PACKAGE / name, tmp_path / 'qwen3_jax' / name)
   (tmp_path / 'qwen3_jax/commands/echo.py').write_text(COMMAND)
 

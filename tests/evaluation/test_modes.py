@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from qwen3_jax.data import tasks
-from qwen3_jax.evaluation import modes, tables
+from qwen3_jax.evaluation import modes, progress, tables
 from qwen3_jax.generation.engine import Output
 from qwen3_jax.generation.sampling import GREEDY
 from qwen3_jax.text.template import last_flag
@@ -82,9 +82,9 @@ def test_measure_and_its_tables(model, tokenizer):  # noqa: F811
   assert found['thinking']['count'] == found['plain']['count'] == 6
   assert [point['budget'] for point in found['budgets']] == [0, 4] and len(told) == 5
   assert found['budgets'][0]['forced'] > 0
-  page = tables.write_modes([dict(name='x', modes=found)], lambda stage: 'The <stage>')
-  assert 'The &lt;stage&gt;' in page and page.count('<svg') >= 1
-  assert tables.write_modes([dict(name='x')], str) == ''
+  page = progress.write_modes([dict(name='x', modes=found)], lambda stage: 'The <stage>')
+  assert 'The &lt;stage&gt;' in page and '<table' in page and page.count('<svg') == 1
+  assert progress.write_modes([dict(name='x')], str) == ''
 
 
 def test_filters_become_a_table_with_every_rule():

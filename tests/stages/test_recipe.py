@@ -59,11 +59,11 @@ def test_a_stage_of_another_model_is_named(tmp_path):
 
 def test_costs_are_counted_by_hand():
   config = load_config('configs/s1.py:tiny')
-  spec, tokens = load.spec_from(config.model), 600 * 4 * 256
+  spec, tokens = load.spec_from(config.model), 500 * 4 * 256
   assert recipe.foresee(config) == (tokens, 0, tokens * spec.flops_per_token(256))
   assert recipe.spent(config.to_dict(), [{}] * 10).trained == 10 * 4 * 256
   rl = load_config('configs/general_rl.py:tiny')  # adapters, and a reference model
-  answers = 10 * 64 * 8 * 160
+  answers = 8 * 64 * 8 * 160
   train, forward = spec.flops_per_token(256, frozen=True), spec.flops_per_token(256) / 3
   assert recipe.foresee(rl) == pytest.approx(
     (answers, 2 * answers, answers * (2 * forward + train + forward)))
