@@ -188,6 +188,27 @@ def test_each_key_of_reinforcement_is_read(smallest, tmp_path, quick_compilation
     'data.tokenizer_size'}  # a tokenizer is given; what a recipe measures goes to `evaluate.run`
 
 
+@pytest.mark.slow
+def test_each_key_of_distillation_is_read(smallest, tmp_path, quick_compilation):
+  first = configs.load_config('configs/s1.py:tiny', smallest(
+    steps=3, data__heldout=(), evaluate_every=None))
+  assert train.train(first, epath.Path(tmp_path / 'init')) == 0
+  source = 'tasks:kinds=chain,difficulty=1,thinking=mixed'
+  config = configs.load_config('configs/distill_on.py:tiny', [
+    each for each in smallest(
+      init=str(tmp_path / 'init'), teacher=str(tmp_path / 'init'), steps=2,
+      data__sources=((source, 1.0),), data__heldout=(source,), data__length=160, data__batch=2,
+      rollout__prompts=8, rollout__updates=1, rollout__max_tokens=24, engine__rows=8,
+      engine__pages=64, measure_reward__prompts=4, optim__warmup=1)
+    if 'heldout_batches' not in each])
+  keys = {key for key in configs.flatten(config.to_dict())
+          if not key.startswith(('model.', 'measure.'))}
+  recorded = record(config)
+  Recorded.read.clear()
+  assert train.train(recorded, epath.Path(tmp_path / 'on')) == 0
+  assert keys - Recorded.read <= {'data.tokenizer_size', 'lora.alpha', 'lora.targets'}
+
+
 def test_each_key_of_the_recipe_is_read():
   keys = set(configs.load_config('configs/recipe.py:tiny'))
   assert keys - attributes_read() == set()

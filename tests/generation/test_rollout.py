@@ -186,6 +186,7 @@ def test_an_environment_text_without_room_ends_the_row(model, tokenizer):
   assert out.finish_reason == 'length' and len(out.tokens) == 1 and not out.forced.any()
 
 
+@pytest.mark.slow
 def test_the_thinking_budget_begins_anew_with_each_turn(model, tokenizer):
   """Each turn opens its own block, and is cut short after as many tokens."""
   stop, words = tuple(range(100, 200)), tokenizer.encode(thinking.STOP)
@@ -213,7 +214,8 @@ def test_a_penalty_knows_what_earlier_calls_drew(model, tokenizer):
     assert len(set(out.tokens)) == 40
 
 
-@pytest.mark.parametrize('paged', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize('paged', [False, True])
 def test_sharded_like_training(tokenizer, paged):
   """Two shards of rows and pages, heads split in two; the model's arrays are used as they are."""
   spec = Spec(2, 32, 4, 2, 64, vocab=512, head_width=16, experts=4, chosen=2, expert_mlp=32)

@@ -196,7 +196,7 @@ def train(spec, base, mesh_shape=None, parts=1, steps=2):
   return state, history
 
 
-@pytest.mark.parametrize('name', ['dense', 'moe'])
+@pytest.mark.parametrize('name', ['dense', pytest.param('moe', marks=pytest.mark.slow)])
 def test_sharded_and_in_micro_batches_equals_plain(models, name):
   spec, base = SPECS[name], models[name]
   state, want = train(spec, base)

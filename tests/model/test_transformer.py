@@ -117,6 +117,7 @@ def worst(got, want):
   return max(jax.tree.leaves(jax.tree.map(one, got, want)))
 
 
+@pytest.mark.slow
 def test_remat_policies_give_equal_gradients():
   model = make_model(MIXTURE)
   (value, _), want = gradients(model, *make_batch(), 'none')

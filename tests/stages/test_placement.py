@@ -125,6 +125,7 @@ def learn(train, rollout, updates=2):
   return np.array(seen)
 
 
+@pytest.mark.slow
 def test_losses_are_the_same_wherever_tokens_are_drawn():
   """Colocated and split, the weights handed over after each update and one update late."""
   devices = jax.devices()[:4]

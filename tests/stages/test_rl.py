@@ -186,6 +186,7 @@ def test_what_the_machinery_lost_is_missing_and_not_zero(settings, tmp_path, mon
   assert any(answer['failure'] for answer in answers) and any(a['missing'] for a in answers)
 
 
+@pytest.mark.slow
 def test_a_split_learns_what_one_mesh_learns(settings, tmp_path):
   """Prompts, rewards and losses are the same up to rounding; ahead, weights are a rollout old."""
   few = dict(steps=2, save_every=None, evaluate_every=None, data__heldout=None)
