@@ -30,7 +30,7 @@ def get_config(arg):
   config.data.sources = TINY if small else SOURCES
   config.data.heldout = tuple(name for name, _ in config.data.sources)
   if small:
-    config.steps, config.save_every, config.evaluate_every = 32, 16, 32
+    config.steps, config.save_every, config.evaluate_every = 24, 12, 24
     config.optim.peak_lr = 6e-4 if config.model.experts else 2e-3  # more undoes what it could do
   else:
     config.rewards.code = True

@@ -11,7 +11,7 @@ def get_config(arg):
   config.optim.peak_lr *= 0.3
   config.optim.schedule, config.optim.final, config.optim.warmup = 'linear', 0.1, 10
   if config.model.layers == 4:
-    config.steps, config.data.batch = 800, 4
+    config.steps, config.data.batch = 700, 4
     config.save_every = config.evaluate_every = 200
     config.data.heldout_batches = 16
     config.optim.peak_lr = 3e-3

@@ -63,7 +63,7 @@ class Engine:
     self.prefilled = self.preempted = 0  # tokens computed before decoding; texts set aside
     self.rows = -(-rows // self.shards)  # of each shard
     self.together = self.rows if self.paged else min(self.rows, GROUP)
-    self.factor = 2 if self.paged else 4  # between the sizes of two calls
+    self.factor = 2 if self.paged else 8  # between the sizes of two calls
     alone = jax.sharding.get_abstract_mesh().empty  # programs of several devices wait for another
     self.threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count()) if alone else None
     self.count = -(-pages // self.shards) + 1 if self.fixed else 1 + 2 * self.rows

@@ -63,7 +63,7 @@ def test_costs_are_counted_by_hand():
   assert recipe.foresee(config) == (tokens, 0, tokens * spec.flops_per_token(256))
   assert recipe.spent(config.to_dict(), [{}] * 10).trained == 10 * 4 * 256
   rl = load_config('configs/general_rl.py:tiny')  # adapters, and a reference model
-  answers = 8 * 64 * 8 * 160
+  answers = 6 * 64 * 8 * 160
   train, forward = spec.flops_per_token(256, frozen=True), spec.flops_per_token(256) / 3
   assert recipe.foresee(rl) == pytest.approx(
     (answers, 2 * answers, answers * (2 * forward + train + forward)))
