@@ -82,12 +82,18 @@ def shardings(tree, mesh, rules=None):
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def constrain(x, names):
-  """Tells the partitioner the layout of `x` by its letters; without `jax.set_mesh`, nothing."""
+def is_alone():
+  """Whether one device works: no mesh is set, or one of a single device."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or math.prod(mesh.shape.values()) == 1:
+  return mesh.empty or math.prod(mesh.shape.values()) == 1
+
+
+def constrain(x, names):
+  """Tells the partitioner the layout of `x` by its letters; on one device, nothing."""
+  if is_alone():
     return x
-  return jax.lax.with_sharding_constraint(x, partition(names, x.shape, mesh))
+  return jax.lax.with_sharding_constraint(
+    x, partition(names, x.shape, jax.sharding.get_abstract_mesh()))
 
 
 def owned_rows(batch, mesh):

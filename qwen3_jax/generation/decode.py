@@ -11,7 +11,7 @@ from flax import struct
 
 from qwen3_jax.generation import thinking
 from qwen3_jax.generation.sampling import Settings, logp_of, sample
-from qwen3_jax.mesh import constrain
+from qwen3_jax.mesh import constrain, is_alone
 from qwen3_jax.model import rope
 from qwen3_jax.model.cache import Cache, Paged, Pool
 from qwen3_jax.model.transformer import Qwen3
@@ -51,10 +51,9 @@ def prepare(model, rows=1):
   """Decoder of `model`, best for batches of `rows`.
 
   On one CPU it holds a copy of the weights (ValueError for a model with LoRA adapters): drop the
-  model where memory is short. Under a mesh or on an accelerator it holds the model's own arrays.
+  model where memory is short. On several, or an accelerator, it holds the model's own arrays.
   """
-  alone = jax.sharding.get_abstract_mesh().empty
-  return _fuse(model, rows) if alone and jax.default_backend() == 'cpu' else Decoder(model)
+  return _fuse(model, rows) if is_alone() and jax.default_backend() == 'cpu' else Decoder(model)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -28,7 +28,7 @@ from qwen3_jax.generation.pages import Pages
 from qwen3_jax.generation.rows import Output, Request, Row
 from qwen3_jax.generation.sampling import Sampling, Settings
 from qwen3_jax.generation.scheduler import Scheduler
-from qwen3_jax.mesh import shardings
+from qwen3_jax.mesh import is_alone, shardings
 from qwen3_jax.model.cache import shards
 from qwen3_jax.text.template import render
 
@@ -64,8 +64,8 @@ class Engine:
     self.rows = -(-rows // self.shards)  # of each shard
     self.together = self.rows if self.paged else min(self.rows, GROUP)
     self.factor = 2 if self.paged else 8  # between the sizes of two calls
-    alone = jax.sharding.get_abstract_mesh().empty  # programs of several devices wait for another
-    self.threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count()) if alone else None
+    # Programs of several devices wait for one another: those are not run side by side.
+    self.threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count()) if is_alone() else None
     self.count = -(-pages // self.shards) + 1 if self.fixed else 1 + 2 * self.rows
     self.load(model, version)
 
