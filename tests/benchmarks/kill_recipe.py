@@ -64,7 +64,8 @@ def main():
   parser.add_argument('--seed', type=int, default=0)
   args, rest = parser.parse_known_args()
   subprocess.run(command(args.whole, rest), check=True, stdout=subprocess.DEVNULL)
-  stages = json.loads((args.whole / 'recipe.json').read_text())
+  stages = [stage for stage in json.loads((args.whole / 'recipe.json').read_text())
+            if (args.whole / stage).exists()]
   draw = random.Random(args.seed)
   for stage in stages:
     moment = draw.randint(1, max(1, count(args.whole / stage) - 1))
