@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from qwen3_jax import mesh as alphabet
+from qwen3_jax.kernels import head_gradient, head_tpu
 
 TOKENS = 1024  # tokens of one chunk on one device
 UNROLLED = 4  # chunks; fewer are no loop (XLA:CPU runs a loop's body on one thread)
@@ -124,32 +125,64 @@ def _local(hidden_BTD, head_VD, target_BT, weight_BT, *bonus, gradients=False, t
   With `gradients`: (loss, (d_hidden, d_head)), else the loss. `bonus` (B, T), if there is one,
   weighs the tokens' entropies, whose gradient is then added.
   """
-  B, T, D = hidden_BTD.shape
   dtype = head_VD.dtype
   head_VD, first = gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
-  step = functools.partial(_chunk, head_VD=head_VD, first=first, vocab_axes=vocab_axes,
-                           gradients=gradients, temperature=temperature, size=size)
-  chunks = [in_chunks(x) for x in (hidden_BTD, target_BT, weight_BT, *bonus)]
+  run = _in_kernels if head_tpu.serves(hidden_BTD, head_VD) else _over_chunks
+  total, *found = run(hidden_BTD, target_BT, weight_BT, *bonus, head_VD=head_VD, first=first,
+                      vocab_axes=vocab_axes, gradients=gradients, temperature=temperature,
+                      size=size)
+  total = jax.lax.psum(total, token_axes) if token_axes else total
+  if not gradients:
+    return total
+  d_hidden, d_head = found
+  return total, (d_hidden, reduce(d_head, width_axes, token_axes).astype(dtype))
+
+
+def _over_chunks(hidden_BTD, *of_tokens, gradients, **options):
+  """The loss of a device's tokens and, with `gradients`, both gradients, the head's float32."""
+  step = functools.partial(_chunk, gradients=gradients, **options)
+  chunks = [in_chunks(x) for x in (hidden_BTD, *of_tokens)]
   scan = functools.partial(jax.lax.scan, unroll=len(chunks[0]) <= UNROLLED)
   total = jnp.zeros((), jnp.float32)
   if not gradients:
-    total, _ = scan(lambda t, c: (t + step(*c)[0], None), total, chunks)
-    return jax.lax.psum(total, token_axes) if token_axes else total
+    return scan(lambda t, c: (t + step(*c)[0], None), total, chunks)[:1]
 
   def visit(carry, chunk):
     total, d_head = carry
     loss, d_hidden, d_head_chunk = step(*chunk)
     return (total + loss, d_head + d_head_chunk), d_hidden
-  (total, d_head), d_hidden = scan(visit, (total, jnp.zeros(head_VD.shape, jnp.float32)), chunks)
-  d_hidden = from_chunks(d_hidden, B, T)
-  total = jax.lax.psum(total, token_axes) if token_axes else total
-  return total, (d_hidden, reduce(d_head, width_axes, token_axes).astype(dtype))
+  d_head = jnp.zeros(options['head_VD'].shape, jnp.float32)
+  (total, d_head), d_hidden = scan(visit, (total, d_head), chunks)
+  return total, from_chunks(d_hidden, *hidden_BTD.shape[:2]), d_head
+
+
+def _in_kernels(hidden_BTD, *of_tokens, head_VD, first, vocab_axes, gradients, temperature, size):
+  """`_over_chunks` on a TPU: two passes over the vocabulary, one without `gradients`."""
+  hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+  target_M, weight_M, *bonus = (x.reshape(-1) for x in of_tokens)
+  options = dict(limit=None if size is None else size - first, temperature=temperature)
+  found = head_tpu.statistics(hidden_MD, head_VD, target_M - first, entropy=bool(bonus),
+                              vocab_axes=vocab_axes, **options)
+  total = -jnp.sum(weight_M * found.logp)
+  if not gradients:
+    return total,
+  entropy = [found.entropy] * len(bonus)
+  d_hidden, d_head = head_gradient.gradient(hidden_MD, head_VD, target_M - first, weight_M,
+                                            found.bits, *bonus, *entropy, **options)
+  d_hidden = jax.lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
+  return total, d_hidden.astype(hidden_MD.dtype).reshape(hidden_BTD.shape), d_head
 
 
 def _local_values(hidden_BTD, head_VD, target_BT, temperature, size, entropy, vocab_axes=(),
                   width_axes=(), token_axes=()):
   """One device's log-probabilities (B, T), and with `entropy` its entropies."""
   head_VD, first = gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
+  if head_tpu.serves(hidden_BTD, head_VD):
+    found = head_tpu.statistics(
+      hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), head_VD, target_BT.reshape(-1) - first,
+      None if size is None else size - first, temperature=temperature, entropy=entropy,
+      vocab_axes=vocab_axes)
+    return tuple(x.reshape(target_BT.shape) for x in found[:1 + entropy])
 
   def visit(_, chunk):
     hidden_MD, target_M = chunk

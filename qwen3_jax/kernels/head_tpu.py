@@ -1,0 +1,230 @@
+"""The head's statistics on one TPU device: logits exist as tiles in VMEM, never in HBM.
+
+A tile is (vocabulary, tokens): what belongs to a token is a row of lanes, and its maxima and sums
+over the vocabulary run down the sublanes, eight partial ones a token that `merge` brings together,
+with those of other shards of the vocabulary. Logits are in units of log 2, so that `exp2` is all
+that an exponential costs. The softmax of one part of a tile runs beside the product of the next:
+its logits wait in VMEM, also from one grid step to the next. Meaning: `reference.token_entropy`;
+the gradient is in `head_gradient`.
+"""
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen3_jax.kernels import blocks as table
+from qwen3_jax.kernels import target as chip
+
+NEVER = -1e30 * math.log2(math.e)  # finite: the masked logit of `head`, in units of log 2
+LOWEST = NEVER / 16  # where a running maximum starts: what is masked adds exp2(NEVER - it) = 0
+BITS = math.log2(math.e)  # a nat
+LANES, SUBLANES = 128, 8
+LEAST = 512  # rows of a head for which the kernels are worth their set-up
+BLOCKS = dict(tokens=1024, rows=1024, part=256)
+
+
+class Statistics(NamedTuple):
+  """Of each token, float32 (M,): nats, but for `bits`, the log-sum-exp in units of log 2."""
+  logp: jax.Array
+  entropy: jax.Array | None
+  bits: jax.Array
+
+
+def serves(hidden_BTD, head_VD):
+  """Whether the kernels run these shapes on the chip that the program is traced for."""
+  return (chip.platform() == 'tpu' and hidden_BTD.shape[-1] % LANES == 0
+          and len(head_VD) >= LEAST and hidden_BTD.dtype in (jnp.bfloat16, jnp.float32))
+
+
+def statistics(hidden_MD, head_VD, target_M, limit=None, *, temperature=1.0, entropy=False,
+               vocab_axes=(), blocks=None, interpret=None):
+  """`Statistics` of softmax(head hidden / temperature) over the first `limit` rows of the head.
+
+  `target_M` and `limit` (an int or an int32 scalar) count from this shard's first row; a target
+  that is no row of it has no logit here, and gets it from the shards of `vocab_axes`. The pass
+  over the vocabulary multiplies once, 2 M V D. Raises ValueError where the blocks exceed VMEM.
+  """
+  sizes = choose('head_statistics', BLOCKS, hidden_MD, head_VD, blocks)
+  parts = _statistics(hidden_MD, head_VD, target_M, limit, BITS / temperature, entropy, sizes,
+                      interpret)
+  return merge(*parts, vocab_axes=vocab_axes)
+
+
+def merge(top_8M, norm_8M, mean_8M, logit_8M, vocab_axes=()):
+  """`Statistics` from the partial ones of every sublane and shard."""
+  def total(x_8M):
+    return jax.lax.psum(x_8M.sum(0), vocab_axes) if vocab_axes else x_8M.sum(0)
+  top_M = top_8M.max(0)
+  top_M = jax.lax.pmax(top_M, vocab_axes) if vocab_axes else top_M
+  gap_8M = top_8M - top_M
+  share_8M = jnp.exp2(gap_8M)
+  norm_M = total(share_8M * norm_8M)
+  entropy_M = None
+  if mean_8M is not None:
+    mean_M = total(share_8M * (mean_8M + norm_8M * gap_8M))
+    entropy_M = jnp.log(norm_M) - mean_M / norm_M / BITS
+  logp_M = (total(logit_8M) - top_M) / BITS - jnp.log(norm_M)
+  return Statistics(logp_M, entropy_M, top_M + jnp.log2(norm_M))
+
+
+def _statistics(hidden_MD, head_VD, target_M, limit, scale, entropy, sizes, interpret):
+  """The (8, M) partial maxima, sums, sums of p log2 p (or None) and logits of the targets."""
+  here_M = (target_M >= 0) & (target_M < len(head_VD))
+  starts = [LOWEST, 0.0, 0.0] + [0.0] * entropy
+  top, norm, logit, *mean = accumulate(
+    'head_statistics', functools.partial(_absorb, scale=scale), starts, [(hidden_MD, head_VD)],
+    [jnp.where(here_M, target_M, -1)], limit, sizes, interpret)
+  return top, norm, mean[0] if mean else None, logit
+
+
+def _absorb(logits, limit, first, target_ref, top_ref, norm_ref, logit_ref, mean_ref=None, *,
+            scale):
+  """Adds a part's logits to the partial statistics of each token."""
+  parts = in_bits(logits, limit, scale)
+  top, shrink, gap = raise_top(parts, top_ref)
+  norm, logit = norm_ref[...], logit_ref[...]
+  mean = None if mean_ref is None else shrink * (mean_ref[...] + norm * gap)
+  norm = shrink * norm
+  target = target_ref[...] - first - place(top.shape)
+  for at, bits in enumerate(parts):
+    below = bits - top
+    p = jnp.exp2(below)
+    norm += p
+    mean = None if mean is None else mean + p * below
+    logit = jnp.where(target == SUBLANES * at, bits, logit)
+  norm_ref[...], logit_ref[...] = norm, logit
+  if mean is not None:
+    mean_ref[...] = mean
+
+
+def raise_top(parts, top_ref):
+  """The new running maximum, the old one's exp2 and distance below it (<= 0)."""
+  top, old = functools.reduce(jnp.maximum, parts, top_ref[...]), top_ref[...]
+  top_ref[...] = top
+  return top, jnp.exp2(old - top), old - top
+
+
+def accumulate(name, absorb, starts, sides, rows, limit, sizes, interpret):
+  """What `absorb` makes of all logits: (8, M) float32 arrays that begin as `starts`.
+
+  `sides` are pairs (hidden_MD, head_VD) of one or two models, `rows` are (M,). `absorb(*logits,
+  limit, first, *row_refs, *refs)` adds a part of a tile, (rows, tokens) of each side, whose first
+  row is `first` and of which the first `limit` rows count, to the running results.
+  """
+  M, V = len(sides[0][0]), len(sides[0][1])
+  tokens, tile, part = sizes['tokens'], sizes['rows'], sizes['part']
+  rows = [pad(tokens, sides[0][0], row[None])[1] for row in rows]
+  sides = [(pad(tokens, hidden)[0], head) for hidden, head in sides]
+  specs = [spec for hidden, head in sides for spec in (
+    pl.BlockSpec((tokens, hidden.shape[1]), lambda t, v, _: (t, 0)),
+    pl.BlockSpec((tile, head.shape[1]), lambda t, v, _: (v, 0)))]
+  of_tokens = pl.BlockSpec((SUBLANES, tokens), lambda t, v, _: (0, t))
+  total, size = len(sides[0][0]), sides[0][0].dtype.itemsize
+  widths = sum(hidden.shape[1] for hidden, _ in sides)
+  found = pl.pallas_call(
+    functools.partial(_kernel, absorb=absorb, starts=starts, sides=len(sides), part=part),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1, grid=(total // tokens, pl.cdiv(V, tile)),
+      in_specs=specs + [pl.BlockSpec((1, tokens), lambda t, v, _: (0, t))] * len(rows),
+      out_specs=[of_tokens] * len(starts),
+      scratch_shapes=[pltpu.VMEM((part, tokens), jnp.float32)] * len(sides)),
+    out_shape=[jax.ShapeDtypeStruct((SUBLANES, total), jnp.float32)] * len(starts),
+    compiler_params=parameters(('parallel', 'arbitrary'), name, {
+      'tokens x width, twice': 2 * size * tokens * widths,
+      'rows x width, twice': 2 * size * tile * widths,
+      'logits': 12 * part * tokens * len(sides), 'results': 64 * len(starts) * tokens}),
+    interpret=interpreted(interpret), name=name,
+  )(first_rows(limit, V), *(x for side in sides for x in side), *rows)
+  return [x[:, :M] for x in found]
+
+
+def _kernel(limit_ref, *refs, absorb, starts, sides, part):
+  pairs, rest = [refs[2 * i:2 * i + 2] for i in range(sides)], refs[2 * sides:]
+  row_and_result_refs, waiting_refs = rest[:-sides], rest[-sides:]
+  step, tile = pl.program_id(1), len(pairs[0][1])
+
+  @pl.when(step == 0)
+  def _():
+    for ref in waiting_refs:
+      ref[...] = jnp.full_like(ref, NEVER)
+    for ref, start in zip(row_and_result_refs[-len(starts):], starts):
+      ref[...] = jnp.full_like(ref, start)
+
+  def add(logits, first):
+    absorb(*logits, limit_ref[0] - first, first, *row_and_result_refs)
+  logits = [ref[...] for ref in waiting_refs]
+  for at in range(0, tile, part):
+    following = [product('vd,md->vm', head[at:at + part], hidden[...]) for hidden, head in pairs]
+    add(logits, step * tile + at - part)
+    logits = following
+  for ref, x in zip(waiting_refs, logits):
+    ref[...] = x
+
+  @pl.when(step == pl.num_programs(1) - 1)
+  def _():
+    add([ref[...] for ref in waiting_refs], (step + 1) * tile - part)
+
+
+def in_bits(logits, limit, scale):
+  """Eight rows at a time: scaled to units of log 2, those from `limit` on masked."""
+  row = place((SUBLANES, logits.shape[1]))
+  return [jnp.where(row < limit - at, logits[at:at + SUBLANES] * scale, NEVER)
+          for at in range(0, len(logits), SUBLANES)]
+
+
+def place(shape):
+  """The number of each sublane."""
+  return jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+
+
+def product(letters, a, b):
+  """An einsum of two letters' contraction in float32; of float32 it is one to all its digits."""
+  exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  left, right, _ = letters.replace('->', ',').split(',')
+  shared, = set(left) & set(right)
+  dims = ((left.index(shared),), (right.index(shared),)), ((), ())
+  return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
+
+
+def choose(kernel, default, hidden_MD, head_VD, given):
+  """Block sizes, those of the table and `given` before the default, clipped to the shapes."""
+  (M, D), V = hidden_MD.shape, len(head_VD)
+  sizes = default | table.choose(kernel, M=M, V=V, D=D, dtype=hidden_MD.dtype.name) | (given or {})
+  part = min(sizes['part'], round_up(V, SUBLANES * 2))
+  return sizes | dict(part=part, rows=min(round_up(sizes['rows'], part), round_up(V, part)),
+                      tokens=min(sizes['tokens'], round_up(M, LANES)))
+
+
+def round_up(count, step):
+  return -(-count // step) * step
+
+
+def pad(tokens, x_MD, *x_1M, least=1):
+  """Zero rows up to a whole number of blocks of `tokens`, at least `least`."""
+  extra = max(round_up(len(x_MD), tokens), least * tokens) - len(x_MD)
+  return jnp.pad(x_MD, ((0, extra), (0, 0))), *(jnp.pad(x, ((0, 0), (0, extra))) for x in x_1M)
+
+
+def first_rows(limit, V):
+  """How many of a shard's V rows count, int32 (1,)."""
+  return jnp.clip(jnp.asarray(V if limit is None else limit, jnp.int32), 0, V).reshape(1)
+
+
+def interpreted(interpret):
+  """Whether to interpret: as asked, else wherever there is no TPU."""
+  return chip.platform() != 'tpu' if interpret is None else interpret
+
+
+def parameters(semantics, kernel, need):
+  """Compiler parameters; raises ValueError if what a kernel keeps in VMEM exceeds it."""
+  mib, have = 1 << 20, chip.vmem()
+  if sum(need.values()) > 0.95 * have:
+    parts = ', '.join(f'{name} {size / mib:.1f}' for name, size in need.items())
+    raise ValueError(f'{kernel} needs {sum(need.values()) / mib:.1f} MiB of VMEM ({parts}) of the '
+                     f'{have / mib:.0f} that {chip.kind()} has: lower blocks["rows"] or '
+                     'blocks["tokens"]')
+  return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=int(0.95 * have))
