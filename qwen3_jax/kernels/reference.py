@@ -70,3 +70,46 @@ def experts(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):
   y_MED = jnp.einsum('MEF,EFD->MED', h_MEF * jnp.einsum('MD,EDF->MEF', x_MD, up_EDF), down_EFD)
   y_MXD = jnp.take_along_axis(y_MED, chosen_MX[..., None], axis=1)
   return jnp.sum(gate_MX[..., None] * y_MXD, axis=1)
+
+
+def paged_attention(q_BQKGH, k_BKHS, v_BKSH, table_BC, length_B):
+  """Attention of each row's last Q tokens over the first `length_B` of its pages; as q_BQKGH.
+
+  Column c of `table_BC` is the page, of the first axis of `k_BKHS` and `v_BKSH`, of positions c * S
+  .. c * S + S - 1. Query i sees those < length - (Q - 1 - i); if that is none, its output is 0.
+  """
+  Q, H = q_BQKGH.shape[1], q_BQKGH.shape[-1]
+  C, S = table_BC.shape[1], v_BKSH.shape[2]
+  k_BCKHS, v_BCKSH = (x[table_BC].astype(jnp.float32) for x in (k_BKHS, v_BKSH))
+  s_BQKGCS = jnp.einsum('BQKGH,BCKHS->BQKGCS', q_BQKGH.astype(jnp.float32), k_BCKHS) * H ** -0.5
+  end_BQ = length_B[:, None] - jnp.arange(Q - 1, -1, -1)
+  seen_BQCS = jnp.arange(C * S).reshape(C, S) < end_BQ[:, :, None, None]
+  s_BQKGCS = jnp.where(seen_BQCS[:, :, None, None], s_BQKGCS, -1e30)
+  p_BQKGCS = jax.nn.softmax(s_BQKGCS, axis=(-2, -1)) * seen_BQCS[:, :, None, None]
+  return jnp.einsum('BQKGCS,BCKSH->BQKGH', p_BQKGCS, v_BCKSH).astype(q_BQKGH.dtype)
+
+
+def partial_attention(q_BTNH, k_BSKH, v_BSKH, q_segment_BT, k_segment_BS, q_start_X, k_start_Y,
+                      window=None):
+  """(output, log-sum-exp (B, N, T) float32) of queries over some of the keys, by slots.
+
+  The T queries are X equal stretches of consecutive slots from `q_start_X`, the keys Y from
+  `k_start_Y`. Query t sees key s if slot(s) <= slot(t), both are of one segment above 0 and, with a
+  `window`, slot(t) - slot(s) < window. A query that sees nothing: output 0, log-sum-exp -1e30.
+  """
+  B, T, N, H = q_BTNH.shape
+  S, K = k_BSKH.shape[1:3]
+
+  def slots(start_X, length):
+    return (start_X[:, None] + jnp.arange(length // start_X.shape[0])).reshape(-1)
+  behind_TS = slots(q_start_X, T)[:, None] - slots(k_start_Y, S)
+  seen_TS = (behind_TS >= 0) & (behind_TS < (window or jnp.iinfo(jnp.int32).max))
+  segment_BT1 = q_segment_BT[:, :, None]
+  seen_BTS = seen_TS & (segment_BT1 == k_segment_BS[:, None]) & (segment_BT1 > 0)
+  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
+  s_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH.astype(jnp.float32)) * H ** -0.5
+  s_BKGTS = jnp.where(seen_BTS[:, None, None], s_BKGTS, -jnp.inf)
+  lse_BKGT = jnp.maximum(jax.nn.logsumexp(s_BKGTS, axis=-1), -1e30)
+  p_BKGTS = jnp.exp(s_BKGTS - lse_BKGT[..., None])
+  o_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', p_BKGTS, v_BSKH.astype(jnp.float32))
+  return o_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype), lse_BKGT.reshape(B, N, T)
