@@ -1,0 +1,280 @@
+"""Where each assignment's row goes on TPU, without a sort. Meaning: `experts.plan`.
+
+An assignment's rank within its expert is the number of earlier tokens that chose the same expert: a
+matrix of hits (E, tokens) times a triangle of ones. The inverse, which token has rank r of expert
+e, is not scattered (a TPU scatters one element at a time) but found: the same hits are kept as bit
+words with the number of hits before each word, and every row searches its word, then its bit.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen3_jax.kernels import target
+
+LANES, SUBLANES = 128, 8
+TOKENS = LANES * SUBLANES  # of one block
+WORD = 32  # tokens of a bit word
+FIELD = 8  # tokens of a word of choices, 3 bits each: exact in float32
+STRETCH = LANES * WORD  # tokens whose words fill one row of lanes
+TURNS = STRETCH // TOKENS
+
+
+def fits(experts, chosen):
+  """Whether the kernels take this mixture."""
+  return experts % (2 * SUBLANES) == 0 and experts <= LANES and chosen <= SUBLANES
+
+
+def plan(chosen_MX, experts, rows, interpret=None):
+  """`experts.plan` in two kernels: ranks and bit words of tokens, then the token of each row."""
+  M, X = chosen_MX.shape
+  if not fits(experts, X):
+    raise ValueError(f'{X} of {experts} experts: want at most {SUBLANES} of a multiple of '
+                     f'{2 * SUBLANES} up to {LANES}; elsewhere use experts.plan')
+  if interpret is None:
+    interpret = target.platform() != 'tpu'
+  rank, table, field, count = rank_tokens(chosen_MX, experts, interpret)
+  count_QE = count[:, :, 0].astype(jnp.int32)
+  count_E = count_QE.sum(0)
+  padded_E = -(-count_E // rows) * rows
+  end_E = jnp.cumsum(padded_E)
+  start_QE = end_E - padded_E + jnp.cumsum(count_QE, 0) - count_QE
+  total = -(-M * X // rows) * rows + experts * (rows - 1) // rows * rows
+  slot_P, row = place_rows(chosen_MX, rank, table, field, start_QE, count_QE, total, interpret)
+  starts = jnp.arange(total // rows) * rows
+  of_block = jnp.sum(end_E <= starts[:, None], -1)
+  return slot_P, row, count_E, jnp.minimum(of_block, experts - 1)
+
+
+def rank_tokens(chosen_MX, experts, interpret):
+  """Ranks within each stretch of 4,096 tokens, and the tables from which `place_rows` inverts them.
+
+  Returns rank (8, padded M) float32; table (Q, 2, E, 128) int32, for each word of 32 tokens the hits
+  before it in the stretch and its own hits as bits; field (Q, turns, E, 128) int32, for each 8
+  tokens which of their choices the expert is, 3 bits each; count (Q, E, 128) float32, a copy a lane.
+  """
+  M, X = chosen_MX.shape
+  Q = pl.cdiv(M, STRETCH)
+  turns = TURNS if Q > 1 else pl.cdiv(M, TOKENS)
+  pad = (0, SUBLANES - X), (0, Q * turns * TOKENS - M)
+  ids = jnp.pad(chosen_MX.T.astype(jnp.int32), pad, constant_values=-1)
+  triangle, word, field = _matrices()
+  whole = [pl.BlockSpec(x.shape, lambda q, i: (0, 0)) for x in (triangle, word, field)]
+  tokens = pl.BlockSpec((SUBLANES, TOKENS), lambda q, i: (0, q * turns + i))
+  hits = pltpu.VMEM((TOKENS // WIDE * experts, WIDE), jnp.bfloat16)
+  return pl.pallas_call(
+      functools.partial(_rank_body, choices=X), name='dispatch_ranks', grid=(Q, turns),
+      in_specs=[tokens, *whole],
+      out_specs=[tokens, pl.BlockSpec((1, 2, experts, LANES), lambda q, i: (q, 0, 0, 0)),
+                 pl.BlockSpec((1, 1, experts, LANES), lambda q, i: (q, i, 0, 0)),
+                 pl.BlockSpec((1, experts, LANES), lambda q, i: (q, 0, 0))],
+      out_shape=[jax.ShapeDtypeStruct(ids.shape, jnp.float32),
+                 jax.ShapeDtypeStruct((Q, 2, experts, LANES), jnp.int32),
+                 jax.ShapeDtypeStruct((Q, turns, experts, LANES), jnp.int32),
+                 jax.ShapeDtypeStruct((Q, experts, LANES), jnp.float32)],
+      scratch_shapes=[hits, hits],
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
+      interpret=interpret)(ids, triangle, word, field)
+
+
+WIDE = 256  # tokens of one product with the triangle
+
+
+def _matrices():
+  """Triangle and totals (256, 384); of a block's tokens (1024, 128): words, and fields of choices.
+
+  Lanes 0-31 of `word` count the hits before each word, lanes 32-63 and 64-95 are the low and the
+  high 16 bits. All entries are 0 or powers of two: bfloat16 products are exact.
+  """
+  row, column = jnp.arange(WIDE)[:, None], jnp.arange(WIDE + LANES)
+  triangle = (row < column) | (column >= WIDE)
+  token, lane = jnp.arange(TOKENS)[:, None], jnp.arange(LANES)
+  part, of = lane // WORD, lane % WORD
+  bit = (token // WORD == of) & (token % WORD // 16 == part - 1)
+  word = jnp.where(part == 0, token < of * WORD, jnp.where(bit, 2. ** (token % 16), 0))
+  field = jnp.where(token // FIELD == lane, 8. ** (token % FIELD), 0)
+  return [x.astype(jnp.bfloat16) for x in (triangle, word, field)]
+
+
+def _rank_body(id_ref, triangle_ref, word_ref, field_ref, rank_ref, table_ref, fields_ref,
+               count_ref, hit_ref, choice_ref, *, choices):
+  experts = count_ref.shape[1]
+  turn = pl.program_id(1)
+
+  @pl.when(turn == 0)
+  def _():
+    count_ref[...] = jnp.zeros_like(count_ref)
+    table_ref[0, 0] = jnp.full((experts, LANES), STRETCH, jnp.int32)
+    table_ref[0, 1] = jnp.zeros((experts, LANES), jnp.int32)
+  _mark(id_ref, hit_ref, choice_ref, experts, choices)
+  _write_words(hit_ref, choice_ref, word_ref, field_ref, table_ref, fields_ref, count_ref[0], turn)
+  for chunk in range(TOKENS // WIDE):
+    ranks = jnp.dot(hit_ref[pl.ds(chunk * experts, experts), :], triangle_ref[...],
+                    preferred_element_type=jnp.float32)
+    before = count_ref[0]
+    for half in range(WIDE // LANES):
+      lanes = slice(chunk * WIDE + half * LANES, chunk * WIDE + (half + 1) * LANES)
+      rank_ref[:, lanes] = _pick(ranks[:, half * LANES:(half + 1) * LANES] + before,
+                                 id_ref[:, lanes])
+    count_ref[0] = before + ranks[:, WIDE:]
+
+
+def _mark(id_ref, hit_ref, choice_ref, experts, choices):
+  """Writes hits (1 or 0) and choices (0 to 7; 0 where no hit) as (E, 256) for each 256 tokens."""
+  height = 2 * SUBLANES
+  for group in range(SUBLANES):
+    at, lanes = group // 2 * experts, slice(group % 2 * LANES, (group % 2 + 1) * LANES)
+    ids = [jnp.broadcast_to(id_ref[k:k + 1, group * LANES:(group + 1) * LANES], (height, LANES))
+           for k in range(choices)]
+
+    def mark(piece, carry):
+      expert = piece * height + jax.lax.broadcasted_iota(jnp.int32, (height, LANES), 0)
+      choice = jnp.full((height, LANES), SUBLANES, jnp.int32)
+      for k in range(choices):
+        choice = jnp.where(ids[k] == expert, k, choice)
+      hit = choice < SUBLANES
+      rows = pl.ds(pl.multiple_of(at + piece * height, height), height)
+      hit_ref[rows, lanes] = jnp.where(hit, 1., 0.).astype(jnp.bfloat16)
+      choice_ref[rows, lanes] = jnp.where(hit, choice, 0).astype(jnp.float32).astype(jnp.bfloat16)
+      return carry
+    for piece in range(experts // height):
+      mark(piece, 0)
+
+
+def _pick(ranks, ids):
+  """ranks (E, 128) at each token's expert ids (8, 128)."""
+  inside, piece = ids & (SUBLANES - 1), ids >> 3
+  rank = jnp.zeros(ids.shape, jnp.float32)
+  for n in range(ranks.shape[0] // SUBLANES):
+    found = _gather(ranks[n * SUBLANES:(n + 1) * SUBLANES], inside, 0)
+    rank = jnp.where(piece == n, found, rank)
+  return rank
+
+
+def _gather(x, index, axis):
+  return jnp.take_along_axis(x, index, axis=axis, mode='promise_in_bounds')
+
+
+def _write_words(hit_ref, choice_ref, word_ref, field_ref, table_ref, fields_ref, before, turn):
+  """This block's words, moved to the block's quarter of the stretch's lanes."""
+  experts = before.shape[0]
+
+  def product(marks_ref, matrix_ref):
+    return sum(jnp.dot(marks_ref[pl.ds(chunk * experts, experts), :],
+                       matrix_ref[pl.ds(chunk * WIDE, WIDE), :],
+                       preferred_element_type=jnp.float32) for chunk in range(TOKENS // WIDE))
+  words = product(hit_ref, word_ref)
+  number = words.astype(jnp.int32)
+  shift = turn * (TOKENS // WORD)
+  prefix = pltpu.roll(number + before.astype(jnp.int32), shift, 1)
+  low = pltpu.roll(number, shift + LANES - WORD, 1)
+  high = pltpu.roll(number, shift + LANES - 2 * WORD, 1)
+  mine = jax.lax.broadcasted_iota(jnp.int32, number.shape, 1) // (TOKENS // WORD) == turn
+  table_ref[0, 0] = jnp.where(mine, prefix, table_ref[0, 0])
+  table_ref[0, 1] = jnp.where(mine, low | (high << 16), table_ref[0, 1])
+  fields_ref[0, 0] = product(choice_ref, field_ref).astype(jnp.int32)
+
+
+HEIGHT = SUBLANES // 2  # rows of 128 positions that one group is given at a time: two at once
+PAIRS = 4  # pairs of groups whose searches run side by side
+
+
+def place_rows(chosen_MX, rank, table, field, start_QE, count_QE, total, interpret):
+  """slot_P and row_MX of `plan` from what `rank_tokens` found."""
+  (M, X), (Q, E) = chosen_MX.shape, start_QE.shape
+  high = max(pl.cdiv(total, LANES), HEIGHT)
+  ids = jnp.pad(chosen_MX.T.astype(jnp.int32), ((0, SUBLANES - X), (0, rank.shape[1] - M)))
+  start = jnp.pad(start_QE.astype(jnp.int32), ((0, -Q % SUBLANES), (0, LANES - E)))
+  scalars = [x.astype(jnp.int32).T.reshape(-1) for x in (start_QE, count_QE)]
+  everything = pl.BlockSpec(memory_space=pltpu.VMEM)
+  slots, rows = pl.pallas_call(
+      functools.partial(_place_body, tokens=M, choices=X), name='dispatch_rows',
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=2, grid=(1,), in_specs=[everything] * 5, out_specs=[everything] * 2),
+      out_shape=[jax.ShapeDtypeStruct((high, LANES), jnp.int32),
+                 jax.ShapeDtypeStruct(rank.shape, jnp.int32)],
+      interpret=interpret)(*scalars, ids, rank, start, table, field)
+  return slots.reshape(-1)[:total], rows[:X, :M].T
+
+
+def _place_body(start_ref, count_ref, id_ref, rank_ref, base_ref, table_ref, field_ref, slot_ref,
+                row_ref, *, tokens, choices):
+  slot_ref[...] = jnp.full(slot_ref.shape, tokens * choices, jnp.int32)
+  for tile in range(id_ref.shape[1] // LANES):
+    lanes = slice(tile * LANES, (tile + 1) * LANES)
+    q = tile * LANES // STRETCH
+    base = jnp.broadcast_to(base_ref[q:q + 1], (SUBLANES, LANES))
+    row_ref[:, lanes] = rank_ref[:, lanes].astype(jnp.int32) + _gather(base, id_ref[:, lanes], 1)
+  groups = start_ref.shape[0]
+  stretches = table_ref.shape[0]
+  last = slot_ref.shape[0] - HEIGHT
+
+  def first_row(group, turn):
+    return jnp.minimum((start_ref[group] >> 7) + turn * HEIGHT, last)
+
+  def find(pair, turn):
+    """The slots of one turn of two groups, and which of them are the groups' own."""
+    two = [2 * pair, 2 * pair + 1]
+    at = [(group % stretches, group // stretches) for group in two]
+    offset = [first_row(group, turn) * LANES - start_ref[group] for group in two]
+    return _find(table_ref, field_ref, at, offset, [count_ref[group] for group in two], choices)
+
+  def put(pair, turn, found):
+    slot, own = found
+    for half in range(2):
+      rows = pl.ds(first_row(2 * pair + half, turn), HEIGHT)
+      part = slice(half * HEIGHT, (half + 1) * HEIGHT)
+      slot_ref[rows, :] = jnp.where(own[part], slot[part], slot_ref[rows, :])
+
+  def turns(pair):
+    def of(group):
+      return ((start_ref[group] & (LANES - 1)) + count_ref[group] + HEIGHT * LANES - 1) >> 9
+    return jnp.maximum(of(2 * pair), of(2 * pair + 1))
+
+  def visit(step, carry):
+    pairs = [step * PAIRS + n for n in range(PAIRS)]
+    found = [find(pair, 0) for pair in pairs]
+    for pair, slots in zip(pairs, found):
+      put(pair, 0, slots)
+    for pair in pairs:
+      jax.lax.fori_loop(1, turns(pair), lambda turn, c, pair=pair: put(
+          pair, turn, find(pair, turn)) or c, 0)
+    return carry
+  jax.lax.fori_loop(0, groups // (2 * PAIRS), visit, 0)
+
+
+def _find(table_ref, field_ref, at, offset, count, choices):
+  """The slot of each rank: first its word by bisection of the hits before words, then its bit."""
+  shape = SUBLANES, LANES
+  upper = jax.lax.broadcasted_iota(jnp.int32, shape, 0) < HEIGHT
+
+  def both(a, b):
+    return jnp.where(upper, a, b)
+
+  def lookup(ref, piece, index):
+    a, b = (jnp.broadcast_to(ref[q, piece, pl.ds(e, 1), :], shape) for q, e in at)
+    return _gather(both(a, b), index, 1)
+  position = (jax.lax.broadcasted_iota(jnp.int32, shape, 0) % HEIGHT * LANES
+              + jax.lax.broadcasted_iota(jnp.int32, shape, 1))
+  rank = position + both(*offset)
+  own = (rank >= 0) & (rank < both(*count))
+  word = jnp.zeros(shape, jnp.int32)
+  for n in (64, 32, 16, 8, 4, 2, 1):
+    word = jnp.where(lookup(table_ref, 0, word + n) <= rank, word + n, word)
+  left, bits, bit = rank - lookup(table_ref, 0, word), lookup(table_ref, 1, word), 0
+  for n in (16, 8, 4, 2, 1):
+    ones = jax.lax.population_count(bits & ((1 << n) - 1))
+    over = left >= ones
+    left = jnp.where(over, left - ones, left)
+    bits = jnp.where(over, jax.lax.shift_right_logical(bits, n), bits)
+    bit += jnp.where(over, n, 0)
+  token = word * WORD + bit
+  lane, piece = (token >> 3) & (LANES - 1), token >> 10
+  field = lookup(field_ref, 0, lane)
+  for n in range(1, field_ref.shape[1]):
+    field = jnp.where(piece == n, lookup(field_ref, n, lane), field)
+  choice = jax.lax.shift_right_logical(field, 3 * (token & (FIELD - 1))) & 7
+  stretch = both(*(q * STRETCH for q, _ in at))
+  return (stretch + token) * choices + choice, own

@@ -1,0 +1,208 @@
+"""A mixture's router on TPU: the chosen experts, their gates and the balance statistics in one pass.
+
+Meaning: `reference.route`. Logits lie with experts first. A block of 1,024 tokens is one vector
+register for each expert, so that nothing but the vector unit's compares and selects is needed: each
+expert is inserted into the sorted list of the best so far, which keeps ties in the order of ids.
+The gradient is a few elementwise operations on (M, E) that XLA fuses. Where the chosen experts'
+rows go: `dispatch.py`.
+"""
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen3_jax.kernels import target
+
+LANES, SUBLANES = 128, 8
+TOKENS = LANES * SUBLANES  # of one block
+LOWEST = float(jnp.finfo(jnp.float32).min)  # stands for -inf and NaN: every expert has a place
+
+
+class Routing(NamedTuple):
+  """What a router decided. The sums are over real tokens; float32 but for the ids."""
+  chosen_MX: jax.Array  # int32
+  gate_MX: jax.Array
+  count_E: jax.Array  # assignments; no gradient
+  probability_E: jax.Array  # softmax over all experts
+  z: jax.Array  # logsumexp(logits)^2
+
+
+def fits(experts, chosen):
+  """Whether the kernel takes this mixture."""
+  return experts % SUBLANES == 0 and chosen <= min(SUBLANES, experts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def route(logits_ME, real_M, chosen, renormalise, interpret=None):
+  """The `chosen` largest logits (the lower id of equal ones first), gates and sums: `Routing`.
+
+  `real_M` (0 or 1) says which tokens the sums count; every token is routed. Raises ValueError where
+  the kernel does not fit.
+  """
+  return _forward(logits_ME, real_M, chosen, renormalise, interpret)
+
+
+def _forward(logits_ME, real_M, chosen, renormalise, interpret):
+  M, E = logits_ME.shape
+  check(E, chosen)
+  blocks = pl.cdiv(M, TOKENS)
+  cores = 2 if blocks % 2 == 0 else 1  # sums of their own for each half: both cores of a v5p work
+  pad = blocks * TOKENS - M
+  logits_EM = jnp.pad(logits_ME.astype(jnp.float32).T, ((0, 0), (0, pad)))
+  real = jnp.pad(real_M.astype(jnp.float32), (0, pad)).reshape(-1, LANES)
+  turns = blocks // cores
+
+  def block(core, turn):
+    return core * turns + turn
+  flat = pltpu.VMEM((SUBLANES * stride(E), LANES), jnp.float32)
+  of_core = pl.BlockSpec((1, E, LANES), lambda c, i: (c, 0, 0))
+  of_tokens = pl.BlockSpec((chosen, SUBLANES, LANES), lambda c, i: (0, block(c, i), 0))
+  narrow = (chosen, blocks * SUBLANES, LANES)
+  ids, gate, count, probability, z = pl.pallas_call(
+      functools.partial(_body, renormalise=renormalise), name='router', grid=(cores, turns),
+      in_specs=[pl.BlockSpec((E, TOKENS), lambda c, i: (0, block(c, i))),
+                pl.BlockSpec((SUBLANES, LANES), lambda c, i: (block(c, i), 0))],
+      out_specs=[of_tokens, of_tokens, of_core, of_core,
+                 pl.BlockSpec((1, SUBLANES, LANES), lambda c, i: (c, 0, 0))],
+      out_shape=[jax.ShapeDtypeStruct(narrow, jnp.int32), jax.ShapeDtypeStruct(narrow, jnp.float32),
+                 *(jax.ShapeDtypeStruct((cores, n, LANES), jnp.float32) for n in (E, E, SUBLANES))],
+      scratch_shapes=[flat, flat],
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
+      interpret=target.platform() != 'tpu' if interpret is None else interpret,
+  )(logits_EM, real)
+  ids, gate = (x.reshape(chosen, -1)[:, :M].T for x in (ids, gate))
+  return Routing(ids, gate, count.sum((0, 2)), probability.sum((0, 2)), z.sum())
+
+
+def check(experts, chosen):
+  """Raises ValueError, with the numbers, where the kernel does not fit."""
+  if not fits(experts, chosen):
+    raise ValueError(f'{chosen} of {experts} experts: want at most {SUBLANES} of a multiple of '
+                     f'{SUBLANES}; elsewhere use the plain form (reference.route)')
+  needs = 4 * LANES * (2 * SUBLANES * (stride(experts) + experts) + 8 * experts + 6 * TOKENS // LANES
+                       * chosen)
+  if needs > target.vmem():
+    raise ValueError(f'the router of {experts} experts needs {needs} bytes of VMEM for a block of '
+                     f'{TOKENS} tokens, this core has {target.vmem()}')
+
+
+def stride(experts):
+  """Rows between two groups of 128 tokens: 8 times an odd number, so that no two meet in a bank."""
+  return experts + SUBLANES if experts // SUBLANES % 2 == 0 else experts
+
+
+def _body(logits_ref, real_ref, id_ref, gate_ref, count_ref, probability_ref, z_ref, flat_ref,
+          exp_ref, *, renormalise):
+  """One block: (E, 1024) logits, tokens as 8 groups of 128 lanes."""
+  experts = logits_ref.shape[0]
+
+  @pl.when(pl.program_id(1) == 0)
+  def _():
+    for ref in (count_ref, probability_ref, z_ref):
+      ref[...] = jnp.zeros_like(ref)
+  _regroup(logits_ref, flat_ref)
+  top = _select(flat_ref, experts, id_ref.shape[0])
+  total = _exponentials(flat_ref, exp_ref, top[0][0], experts)
+  real = real_ref[...]
+  exps = [jnp.exp(value - top[0][0]) for value, _ in top]
+  scale = 1 / (sum(exps) if renormalise else total)
+  for k, (e, (_, expert)) in enumerate(zip(exps, top)):
+    gate_ref[k] = e * scale
+    id_ref[k] = expert
+  z_ref[0] += real * (top[0][0] + jnp.log(total)) ** 2
+  _sums(flat_ref, exp_ref, real, real / total, top[-1], count_ref, probability_ref)
+
+
+def _rows(ref, expert, experts):
+  """One expert's value for 1,024 tokens, as one register."""
+  return ref.at[pl.ds(expert, SUBLANES, stride=stride(experts)), :]
+
+
+def _regroup(logits_ref, flat_ref):
+  experts = logits_ref.shape[0]
+  for group in range(SUBLANES):
+    x = logits_ref[:, group * LANES:(group + 1) * LANES]
+    flat_ref[pl.ds(group * stride(experts), experts), :] = jnp.where(x > LOWEST, x, LOWEST)
+
+
+def _select(flat_ref, experts, chosen):
+  """The best `chosen` (logit, id) of each token, best first."""
+  shape = SUBLANES, LANES
+
+  def insert(expert, top):
+    x = _rows(flat_ref, expert, experts)[...]
+    above = [x > value for value, _ in top]
+    best = [(jnp.maximum(top[0][0], x), jnp.where(above[0], expert, top[0][1]))]
+    for k in range(1, chosen):
+      value, index = top[k]
+      best.append((jnp.maximum(value, jnp.minimum(top[k - 1][0], x)), jnp.where(
+          above[k - 1], top[k - 1][1], jnp.where(above[k], expert, index))))
+    return tuple(best)
+  empty = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)
+  return jax.lax.fori_loop(0, experts, insert, (empty,) * chosen, unroll=8)
+
+
+def _exponentials(flat_ref, exp_ref, top, experts):
+  """Stores exp(logit - top) of every expert; returns their sum."""
+  def add(expert, total):
+    e = jnp.exp(_rows(flat_ref, expert, experts)[...] - top)
+    _rows(exp_ref, expert, experts)[...] = e
+    return total + e
+  return jax.lax.fori_loop(0, experts, add, jnp.zeros_like(top), unroll=8)
+
+
+def _sums(flat_ref, exp_ref, real, scale, last, count_ref, probability_ref):
+  """Adds each expert's real assignments and probabilities, lane by lane.
+
+  An expert is chosen where its logit is above the `last` chosen one's, or equal with no higher id.
+  """
+  experts = count_ref.shape[1]
+
+  def add(piece, carry):
+    at = pl.multiple_of(piece * SUBLANES, SUBLANES)
+    expert = at + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    count = probability = jnp.zeros((SUBLANES, LANES), jnp.float32)
+    for group in range(SUBLANES):
+      rows = pl.ds(group * stride(experts) + at, SUBLANES)
+      x = flat_ref[rows, :]
+      value, index, weight, share = (
+          jnp.broadcast_to(y[group:group + 1], x.shape) for y in (*last, real, scale))
+      hit = (x > value) | ((x == value) & (expert <= index))
+      count += jnp.where(hit, weight, 0)
+      probability += exp_ref[rows, :] * share
+    count_ref[0, pl.ds(at, SUBLANES), :] += count
+    probability_ref[0, pl.ds(at, SUBLANES), :] += probability
+    return carry
+  jax.lax.fori_loop(0, experts // SUBLANES, add, 0, unroll=2)
+
+
+def _route_forward(logits_ME, real_M, chosen, renormalise, interpret):
+  out = _forward(logits_ME, real_M, chosen, renormalise, interpret)
+  return out, (logits_ME, real_M, out.chosen_MX, out.gate_MX)
+
+
+def _route_backward(chosen, renormalise, interpret, saved, d):
+  """softmax's gradient of the sums, and of the gates: among the chosen alone if renormalised."""
+  logits_ME, real_M, chosen_MX, gate_MX = saved
+  x_ME, real_M1 = logits_ME.astype(jnp.float32), real_M.astype(jnp.float32)[:, None]
+  norm_M1 = jax.nn.logsumexp(x_ME, -1, keepdims=True)
+  p_ME = jnp.exp(x_ME - norm_M1)
+  d_gate = d.gate_MX.astype(jnp.float32)
+  d_chosen = gate_MX * (d_gate - jnp.sum(gate_MX * d_gate, -1, keepdims=True))
+  d_probability = real_M1 * d.probability_E
+  d_norm = 2 * real_M1 * norm_M1 * d.z
+  if not renormalise:
+    d_chosen = gate_MX * d_gate
+    d_norm -= d_chosen.sum(-1, keepdims=True)
+  inner = jnp.sum(p_ME * d_probability, -1, keepdims=True)
+  d_logits = p_ME * (d_probability - inner + d_norm)
+  expert_E = jnp.arange(x_ME.shape[-1])
+  for k in range(chosen):
+    d_logits += jnp.where(chosen_MX[:, k:k + 1] == expert_E, d_chosen[:, k:k + 1], 0)
+  return d_logits.astype(logits_ME.dtype), None
+
+
+route.defvjp(_route_forward, _route_backward)
