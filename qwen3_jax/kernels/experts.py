@@ -1,22 +1,86 @@
 """A mixture's experts on sorted tokens: dropless, no capacity. Meaning: `reference.experts`.
 
-Rows are assignments (token, choice) sorted by expert. On CPU each expert's rows are padded to whole
-blocks and a scan multiplies block after block (XLA's `ragged_dot` there multiplies every row with
-every expert: measured 25 x slower at 8,192 rows and 32 experts); elsewhere `jax.lax.ragged_dot`.
+Rows are assignments (token, choice) sorted by expert. On TPU the kernels of `grouped_matmul` run. On
+CPU each expert's rows are padded to whole blocks and a scan multiplies block after block (XLA's
+`ragged_dot` there multiplies every row with every expert: measured 25 x slower at 8,192 rows and 32
+experts); elsewhere, and where the kernels cannot, `jax.lax.ragged_dot`.
 """
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from qwen3_jax.kernels import grouped_matmul, target
+
 ROWS = 64  # rows of one CPU block in training; small batches use smaller ones
 UNROLL = 8  # blocks in one turn of the loop: what does not depend on each other runs at once
 
 
 def experts(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):
-  """sum over the chosen experts of gate * SwiGLU expert(x); (M, D). No token is ever dropped."""
-  return jax.lax.platform_dependent(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD,
-                                    cpu=_blocked, default=_ragged)
+  """sum over the chosen experts of gate * SwiGLU expert(x); (M, D). No token is ever dropped.
+
+  A token's chosen experts are different.
+  """
+  args = x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD
+  if target.platform() == 'tpu':
+    try:
+      parts = _parts(x_MD, gate_EDF)
+    except ValueError as error:
+      target.report('experts', 'ragged_dot', str(error))
+      return _ragged(*args)
+    target.report('experts', 'grouped kernels')
+    return _in_parts(parts, *args)
+  return jax.lax.platform_dependent(*args, cpu=_blocked, default=_ragged)
+
+
+def _parts(x_MD, gate_EDF):
+  """The fewest equal parts of the tokens that the kernels have room for; ValueError if none."""
+  (M, D), (E, _, F) = x_MD.shape, gate_EDF.shape
+  parts = 1
+  while True:
+    try:
+      grouped_matmul.choose(-(-M // parts), D, F, E, x_MD.dtype, save=True)
+      return parts
+    except ValueError:
+      if M // parts <= 2048:
+        raise
+      parts *= 2
+
+
+def _in_parts(parts, x_MD, chosen_MX, gate_MX, *weights):
+  M = len(x_MD)
+  step = -(-M // parts)
+  outs = [_grouped(*(a[i:i + step] for a in (x_MD, chosen_MX, gate_MX)), *weights)
+          for i in range(0, M, step)]
+  return outs[0] if parts == 1 else jnp.concatenate(outs)
+
+
+@jax.custom_vjp
+def _grouped(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):
+  """The kernels for TPU; elsewhere they are interpreted, for tests."""
+  return _grouped_forward(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, save=False)[0]
+
+
+def _grouped_forward(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, save=True):
+  weights = gate_EDF, up_EDF, down_EFD
+  slot_P, row_MX, count_E, _ = plan(chosen_MX, len(gate_EDF), grouped_matmul.ALIGN)
+  weight_P = jnp.take(gate_MX.reshape(-1), slot_P, mode='fill', fill_value=0)
+  out = grouped_matmul.swiglu_down(x_MD, slot_P // chosen_MX.shape[1], weight_P, count_E, *weights,
+                                   save=save)
+  y_MD, *saved = out if save else (out,)
+  return y_MD, (x_MD, gate_MX, slot_P, row_MX, count_E, *weights, *saved)
+
+
+def _grouped_backward(saved, dy_MD):
+  x_MD, gate_MX, _, row_MX, count_E, *weights = saved[:8]
+  align = grouped_matmul.ALIGN
+  chosen_MX = jnp.searchsorted(jnp.cumsum(-(-count_E // align) * align), row_MX, side='right')
+  _, pull = jax.vjp(lambda x, *rest: _ragged(x, chosen_MX, *rest), x_MD, gate_MX, *weights)
+  dx_MD, *others = pull(dy_MD)
+  return dx_MD, None, *others
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def _ragged(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):
@@ -58,6 +122,11 @@ def few(tokens, chosen, experts):
   return tokens <= 32 and tokens * chosen >= experts
 
 
+def count_rows(assignments, experts, rows):
+  """A plan's rows, whatever the routing."""
+  return -(-assignments // rows) * rows + experts * (rows - 1) // rows * rows
+
+
 def plan(chosen_MX, experts, rows):
   """Where each assignment goes when experts' groups are padded to multiples of `rows`.
 
@@ -73,7 +142,7 @@ def plan(chosen_MX, experts, rows):
   end_E = jnp.cumsum(padded_E)
   sorted_A = flat_A[order_A]
   row_A = (end_E - padded_E - jnp.cumsum(count_E) + count_E)[sorted_A] + jnp.arange(A)
-  total = -(-A // rows) * rows + experts * (rows - 1) // rows * rows
+  total = count_rows(A, experts, rows)
   order_A, row_A = order_A.astype(jnp.int32), row_A.astype(jnp.int32)
   slot_P = jnp.full(total, A, jnp.int32).at[row_A].set(order_A, unique_indices=True)
   row_MX = jnp.zeros(A, jnp.int32).at[order_A].set(row_A, unique_indices=True)

@@ -1,0 +1,296 @@
+"""A mixture's experts on the rows of their tokens, as two TPU kernels; meaning: `reference.experts`.
+
+`experts_gate_up` holds all tokens in VMEM and gathers each tile's rows from there, so that no
+permuted copy of them exists in HBM; it writes h = silu(x gate) * (x up), sorted by expert.
+`experts_down` holds all outputs in VMEM in float32 and adds each row of h down, times its weight, to
+its token's: the rows of the product never reach HBM either. Both walk the experts in order, whose
+next weights arrive meanwhile, and an expert's rows in tiles whose heights follow their number.
+Splits of F (first) and of D (second) are the outermost grid axis: each core of a v5p takes some.
+"""
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen3_jax.kernels import blocks as table
+from qwen3_jax.kernels import rows, target
+
+ALIGN = 64  # rows; every expert's group begins and ends at a multiple of it
+SPARE = 4 << 20  # bytes of VMEM left to the compiler
+
+
+class Blocks(NamedTuple):
+  """Row counts that have code of their own, ascending, the last being a whole tile's; and splits."""
+  gate_heights: tuple = (64, 128, 192, 256)
+  gate_splits: int = 1
+  gate_columns: int = 256
+  down_heights: tuple = (64, 128, 192, 256)
+  down_splits: int = 1
+  down_columns: int = 256
+
+
+class Groups(NamedTuple):
+  """Where rows sorted by expert lie: int32 scalars that the kernels walk by."""
+  start_E: jax.Array
+  rows_E: jax.Array  # with padding
+  after_E: jax.Array  # E + 1: rows of the first expert from e on that has any
+
+
+def swiglu_down(x_MD, token_P, weight_P, count_E, gate_EDF, up_EDF, down_EFD, *, save=False,
+                blocks=None, interpret=None):
+  """sum over a token's rows of weight * down(silu(gate x) * up x): (M, D), or (y_MD, g_PF, u_PF).
+
+  Expert e has the rows from sum_{i<e} ceil(count_i / ALIGN) * ALIGN; `token_P` (M where a row is
+  padding) and `weight_P` (float32) describe them. A token's rows are different experts'. With
+  `save`, also x gate and x up of all rows, undefined after the last group.
+  """
+  M, D = x_MD.shape
+  E, _, F = gate_EDF.shape
+  interpret = target.platform() != 'tpu' if interpret is None else interpret
+  if blocks is None:
+    blocks = Blocks() if interpret else choose(M, D, F, E, x_MD.dtype, save)
+  check(M, D, F, x_MD.dtype, blocks, save, interpret)
+  groups = _groups(count_E)
+  x_MD = jnp.pad(x_MD, ((0, -M % rows.PIECE), (0, 0)))
+  token_P = jnp.where(token_P < M, token_P, len(x_MD)).astype(jnp.int32)
+  h_PF, *saved = _gate_up(x_MD, token_P, groups, gate_EDF, up_EDF, blocks, save, interpret)
+  y_MD = _down(h_PF, len(x_MD), token_P, weight_P, groups, down_EFD, blocks, interpret)[:M]
+  return (y_MD, *saved) if save else y_MD
+
+
+def choose(M, D, F, E, dtype, save=False):
+  """Blocks from the table, with as few splits as this chip has cores and VMEM allow; ValueError."""
+  known = table.choose('grouped_matmul', M=M, D=D, F=F, E=E, dtype=jnp.dtype(dtype).name)
+  blocks = Blocks(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+  for name in ('gate_splits', 'down_splits'):
+    kernel = f'experts_{"gate_up" if name == "gate_splits" else "down"}'
+    splits = max(getattr(blocks, name), target.cores())
+    while needs(M, D, F, dtype, blocks._replace(**{name: splits}), save)[kernel] > room():
+      splits *= 2
+      if splits > 16:
+        break
+    blocks = blocks._replace(**{name: splits})
+  check(M, D, F, dtype, blocks, save)
+  return blocks
+
+
+def room():
+  return target.vmem() - SPARE
+
+
+def _groups(count_E):
+  rows_E = -(-count_E // ALIGN) * ALIGN
+  E = len(rows_E)
+  index_E = jnp.where(rows_E > 0, jnp.arange(E), E)
+  index_E = jnp.flip(jax.lax.cummin(jnp.flip(index_E)))
+  after_E = jnp.append(jnp.take(rows_E, index_E, mode='fill', fill_value=0), 0)
+  return Groups(*(a.astype(jnp.int32) for a in (jnp.cumsum(rows_E) - rows_E, rows_E, after_E)))
+
+
+def needs(M, D, F, dtype, blocks, save=False):
+  """Bytes of VMEM that either kernel's arrays take: {'experts_gate_up': ..., 'experts_down': ...}."""
+  M, size = M + -M % rows.PIECE, jnp.dtype(dtype).itemsize
+  part, height, wide = F // blocks.gate_splits, blocks.gate_heights[-1], D // blocks.down_splits
+  gate_up = (M + 1 + 2 * height + 2 * rows.PIECE) * D + 4 * D * part
+  gate_up += (6 if save else 2) * height * part
+  height = blocks.down_heights[-1]
+  down = 2 * (F * wide + height * F + rows.PIECE * wide) * size
+  return {'experts_gate_up': gate_up * size, 'experts_down': down + 4 * wide * (M + 1 + 2 * height)}
+
+
+def check(M, D, F, dtype, blocks, save=False, interpret=False):
+  """Raises ValueError where a shape or the VMEM of this chip does not allow the kernels."""
+  tile = 4 // jnp.dtype(dtype).itemsize * 1024
+  if not interpret and (D % tile or D // blocks.down_splits % 1024 or F % 128):
+    raise ValueError(f'the expert kernels take widths of whole registers: D={D} must be a multiple '
+                     f'of {tile} and F={F} of 128; use the plain form in kernels/experts.py')
+  for name, n, splits in (('gate_splits of F', F, blocks.gate_splits),
+                          ('down_splits of D', D, blocks.down_splits)):
+    if n % (splits * rows.LANES):
+      raise ValueError(f'{name}={n} by {splits} parts are no multiples of {rows.LANES}')
+  for name, need in needs(M, D, F, dtype, blocks, save).items():
+    if need > room():
+      raise ValueError(
+          f'{name} needs {need / 2**20:.1f} MiB of VMEM and {SPARE >> 20} to spare for {M} tokens of '
+          f'width {D} and F={F}, this chip has {target.vmem() / 2**20:.0f}: take more splits than '
+          f'{blocks.gate_splits} and {blocks.down_splits}, lower heights, or fewer tokens a call')
+
+
+def _by_height(heights, live, run):
+  """Runs run(h) of the least height that has room for `live` rows."""
+  for low, high in zip((0, *heights), heights):
+    pl.when((live > low) & (live <= high))(functools.partial(run, high))
+
+
+def _dot(a, b):
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _gate_up_kernel(token_s, start_s, rows_s, x_hbm, gate_ref, up_ref, *refs, blocks):
+  """One part of F (grid axis 0) of one expert (axis 1)."""
+  n = (len(refs) - 7) // 2
+  outs_hbm, outs = refs[:n], refs[n:2 * n]
+  held, staged, tile, buffer, state, load_sem, out_sem = refs[2 * n:]
+  e, height, (D, part) = pl.program_id(1), blocks.gate_heights[-1], gate_ref.shape
+  columns = pl.ds(pl.multiple_of(pl.program_id(0) * part, rows.LANES), part)
+
+  def store(first, live, slot, act):
+    def pairs(offset, size):
+      at = pl.ds(pl.multiple_of(first + offset, ALIGN), size)
+      for out, out_hbm in zip(outs, outs_hbm):
+        yield out.at[slot, pl.ds(offset, size)], out_hbm.at[at, columns]
+    rows.copy_pieces(pairs, out_sem.at[slot], live, height, act, ALIGN)
+
+  @pl.when(e == 0)
+  def _():
+    rows.hold(x_hbm, held, buffer, load_sem)
+    n = rows.sublanes(D, tile.dtype)
+    held[pl.ds(held.shape[0] - n, n)] = jnp.zeros((n, rows.LANES), held.dtype)
+    rows.fetch(held, staged, token_s, 0, height, D, tile.dtype)
+    for i in range(3):
+      state[i] = 0
+
+  def visit(i, _):
+    slot, first = state[0] & 1, start_s[e] + i * height
+    live = jnp.minimum(rows_s[e] - i * height, height)
+    store(0, state[1 + slot], slot, 'wait')
+
+    def run(h):
+      rows.unstage(staged, tile, h)
+      rows.fetch(held, staged, token_s, first + live, height, D, tile.dtype)
+      _multiply(tile, gate_ref, up_ref, [out.at[slot] for out in outs], h, blocks.gate_columns)
+    _by_height(blocks.gate_heights, live, run)
+    store(first, live, slot, 'start')
+    state[1 + slot] = live
+    state[0] += 1
+    return 0
+  jax.lax.fori_loop(0, pl.cdiv(rows_s[e], height), visit, 0)
+
+  @pl.when(e == pl.num_programs(1) - 1)
+  def _():
+    for slot in range(2):
+      store(0, state[1 + slot], slot, 'wait')
+
+
+def _multiply(tile, gate_ref, up_ref, outs, h, columns):
+  """silu(x gate) * (x up) of a tile's first h rows, and where wanted both factors."""
+  for f in range(0, gate_ref.shape[1], columns):
+    part = pl.ds(f, min(columns, gate_ref.shape[1] - f))
+    g, u = _dot(tile[:h], gate_ref[:, part]), _dot(tile[:h], up_ref[:, part])
+    for out, value in zip(outs, (jax.nn.silu(g) * u, g, u)):
+      out[:h, part] = value.astype(out.dtype)
+
+
+def _gate_up(x_MD, token_P, groups, gate_EDF, up_EDF, blocks, save, interpret):
+  (M, D), dtype, P = x_MD.shape, x_MD.dtype, len(token_P)
+  E, _, F = gate_EDF.shape
+  part, height, n = F // blocks.gate_splits, blocks.gate_heights[-1], 3 if save else 1
+  sublanes, word, VMEM = rows.sublanes(D, dtype), rows.word(dtype), pltpu.VMEM
+  hbm = pl.BlockSpec(memory_space=pl.ANY)
+  weights = pl.BlockSpec((None, D, part), lambda f, e, *_: (e, 0, f))
+  scratch = [*[VMEM((2, height, part), dtype)] * n, VMEM(((M + 1) * sublanes, rows.LANES), word),
+             VMEM((height * sublanes, rows.LANES), word), VMEM((height, D), dtype),
+             VMEM((2, rows.PIECE, D), dtype), pltpu.SMEM((3,), jnp.int32),
+             pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))]
+  ahead_P = jnp.append(token_P, jnp.full(height, M, jnp.int32))  # read beyond the last tile
+  return pl.pallas_call(
+      functools.partial(_gate_up_kernel, blocks=blocks),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=3, grid=(blocks.gate_splits, E), in_specs=[hbm, weights, weights],
+          out_specs=[hbm] * n, scratch_shapes=scratch),
+      out_shape=[jax.ShapeDtypeStruct((P, F), dtype)] * n,
+      compiler_params=_params(), name='experts_gate_up', interpret=interpret,
+  )(ahead_P, groups.start_E, groups.rows_E, x_MD, gate_EDF, up_EDF)
+
+
+def _params():
+  return pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'),
+                              vmem_limit_bytes=target.vmem() - SPARE // 2)
+
+
+def _down_kernel(token_s, weight_s, start_s, rows_s, after_s, h_hbm, down_ref, out_hbm, total, y,
+                 h_tile, out_tile, state, h_sem, out_sem, *, blocks):
+  """One part of D (grid axis 0) of one expert (axis 1). `state`: tiles done, the last one's place."""
+  e, height = pl.program_id(1), blocks.down_heights[-1]
+  part = down_ref.shape[1]
+  step = min(blocks.down_columns, part)
+  size = y.shape[0] // 2
+  columns = pl.ds(pl.multiple_of(pl.program_id(0) * part, rows.LANES), part)
+
+  def load(first, live, slot, act):
+    def pairs(offset, size):
+      at = pl.ds(pl.multiple_of(first + offset, ALIGN), size)
+      yield h_hbm.at[at], h_tile.at[slot, pl.ds(offset, size)]
+    rows.copy_pieces(pairs, h_sem.at[slot], live, height, act, ALIGN)
+
+  def add(base, span):
+    rows.add(total, y, base, height, token_s, weight_s, state[1], state[2], span)
+
+  @pl.when(e == 0)
+  def _():
+    _clear(total)
+    for i in range(3):
+      state[i] = 0
+    load(0, jnp.minimum(after_s[0], height), 0, 'start')
+
+  def visit(i, _):
+    slot, first, left = state[0] & 1, start_s[e] + i * height, rows_s[e] - i * height
+    live = jnp.minimum(left, height)
+    following = jnp.where(left > live, left - live, after_s[e + 1])
+    load(first + live, jnp.minimum(following, height), 1 - slot, 'start')
+    load(first, live, slot, 'wait')
+    here = pl.multiple_of(slot * size, 8)
+
+    def run(h):
+      for c in range(0, part, step):
+        product = _dot(h_tile[slot, :h], down_ref[:, pl.ds(c, step)])
+        for b in range(0, step, rows.LANES):
+          place = pl.multiple_of(here + (c + b) // rows.LANES * height, 8)
+          y[pl.ds(place, h)] = product[:, b:b + rows.LANES]
+        add(size - here, (c * height // part, (c + step) * height // part))
+    _by_height(blocks.down_heights, live, run)
+    state[0], state[1], state[2] = state[0] + 1, first, live
+    return 0
+  jax.lax.fori_loop(0, pl.cdiv(rows_s[e], height), visit, 0)
+
+  @pl.when(e == pl.num_programs(1) - 1)
+  def _():
+    add((1 - (state[0] & 1)) * size, (0, height))
+    rows.release(total, out_hbm, columns, out_tile, out_sem)
+
+
+def _clear(ref):
+  """Zeros a held array of M + 1 rows, M a multiple of rows.PIECE."""
+  pieces = ref.shape[0] // rows.PIECE
+
+  def turn(i, _):
+    ref[pl.ds(pl.multiple_of(i * rows.PIECE, rows.PIECE), rows.PIECE)] = jnp.zeros(
+        (rows.PIECE, rows.LANES), ref.dtype)
+    return 0
+  jax.lax.fori_loop(0, pieces, turn, 0)
+
+
+def _down(h_PF, M, token_P, weight_P, groups, down_EFD, blocks, interpret):
+  (P, F), dtype = h_PF.shape, h_PF.dtype
+  E, _, D = down_EFD.shape
+  part, height = D // blocks.down_splits, blocks.down_heights[-1]
+  n, VMEM, hbm = part // rows.LANES, pltpu.VMEM, pl.BlockSpec(memory_space=pl.ANY)
+  scratch = [VMEM(((M + 1) * n, rows.LANES), jnp.float32),
+             VMEM((2 * height * n, rows.LANES), jnp.float32), VMEM((2, height, F), dtype),
+             VMEM((2, rows.PIECE, part), dtype), pltpu.SMEM((3,), jnp.int32),
+             pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))]
+  token_P, weight_P = (jnp.append(a, jnp.full(height, fill, a.dtype))
+                       for a, fill in ((token_P, M), (weight_P.astype(jnp.float32), 0)))
+  return pl.pallas_call(
+      functools.partial(_down_kernel, blocks=blocks),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=5, grid=(blocks.down_splits, E),
+          in_specs=[hbm, pl.BlockSpec((None, F, part), lambda d, e, *_: (e, 0, d))],
+          out_specs=hbm, scratch_shapes=scratch),
+      out_shape=jax.ShapeDtypeStruct((M, D), dtype),
+      compiler_params=_params(), name='experts_down', interpret=interpret,
+  )(token_P, weight_P, *groups, h_PF, down_EFD)

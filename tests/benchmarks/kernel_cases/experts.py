@@ -1,0 +1,76 @@
+"""Cases of the expert kernels' forward pass, scored from the compiler's schedule.
+
+Rows are 8,192 tokens' 8 choices of 128 experts. Group sizes: 'even' is 512 rows each, 'balanced' a
+multinomial draw with equal probabilities, 'skewed' one with Zipf's (1 / rank), at most one row a
+token. Tiles are counted from these sizes, and so are the padding rows that they multiply.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen3_jax.kernels import experts, grouped_matmul as kernel
+from qwen3_jax.kernels import rows as rows_of
+
+FLAGS = {'v6e:2x2': '--xla_tpu_scoped_vmem_limit_kib=98304',
+         'v5p:2x2x1': '--xla_tpu_scoped_vmem_limit_kib=61440'}
+
+
+@functools.cache
+def group_sizes(kind, tokens, chosen, experts):
+  """Rows of each expert."""
+  if kind == 'even':
+    return np.full(experts, tokens * chosen // experts)
+  weight = np.ones(experts) if kind == 'balanced' else 1 / np.arange(1, experts + 1)
+  gumbel = np.random.default_rng(0).gumbel(size=(tokens, experts))
+  chosen = np.argsort(-(np.log(weight) + gumbel), axis=1)[:, :chosen]
+  return np.bincount(chosen.reshape(-1), minlength=experts)
+
+
+def count_tiles(count_E, heights):
+  """How often each height's code runs, and the tiles of all groups, for one part of the columns."""
+  rows_E = -(-count_E // kernel.ALIGN) * kernel.ALIGN
+  whole, left_E = (rows_E // heights[-1]).sum(), rows_E % heights[-1]
+  uses = [int(((left_E > low) & (left_E <= high)).sum())
+          for low, high in zip((0, *heights), heights)]
+  uses[-1] += int(whole)
+  return uses, sum(uses)
+
+
+def model(name, uses, tiles, steps, flops, hbm, loops):
+  return dict(steps=steps, executed=uses, trips=loops, flops=flops, hbm_bytes=hbm)
+
+
+def forward(M=8192, X=8, E=128, D=2048, F=768, kind='balanced', save=False, dtype='bfloat16',
+            blocks=None, only=None):
+  """Both kernels on a plan's arrays, or `only` one of them."""
+  dtype = jnp.dtype(dtype)
+  P = experts.count_rows(M * X, E, kernel.ALIGN)
+  sizes = kernel.choose(M, D, F, E, dtype, save)
+  sizes = sizes._replace(**{k: tuple(v) if isinstance(v, list) else v
+                            for k, v in (blocks or {}).items()})
+  count_E = group_sizes(kind, M, X, E)
+  S = jax.ShapeDtypeStruct
+  args = [S((M, D), dtype), S((P,), jnp.int32), S((P,), jnp.float32), S((E,), jnp.int32),
+          S((E, D, F), dtype), S((E, D, F), dtype), S((E, F, D), dtype)]
+  fn = functools.partial(kernel.swiglu_down, save=save, blocks=sizes, interpret=False)
+  return dict(fn=fn, args=args, models=models(M, X, D, F, count_E, sizes, save, dtype.itemsize))
+
+
+def models(M, X, D, F, count_E, sizes, save, size):
+  E, live = len(count_E), int((-(-count_E // kernel.ALIGN) * kernel.ALIGN).sum())
+  used, result = int((count_E > 0).sum()), {}
+  hidden, pieces = live * F * size, M // rows_of.PIECE
+  for name, heights, splits, flops, hbm in (
+      ('experts_gate_up', sizes.gate_heights, sizes.gate_splits, 4 * M * X * D * F,
+       used * 2 * D * F * size + sizes.gate_splits * M * D * size + hidden * (3 if save else 1)),
+      ('experts_down', sizes.down_heights, sizes.down_splits, 2 * M * X * F * D,
+       used * F * D * size + sizes.down_splits * hidden + M * D * size)):
+    uses, tiles = count_tiles(count_E, heights)
+    steps = splits * E
+    result[name] = dict(
+        steps=steps, executed=[splits * n for n in uses], init=splits, final=splits,
+        trips={1: pieces, 2: tiles / E, 3: pieces} if name == 'experts_down' else
+        {1: pieces, 2: tiles / E}, flops=flops, hbm_bytes=hbm)
+  return result
