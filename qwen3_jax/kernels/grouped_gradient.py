@@ -1,0 +1,292 @@
+"""Gradients of a mixture's experts on rows sorted by expert, as TPU kernels.
+
+For each row p of expert e: y = down(h), h = silu(g) * u, g = gate x, u = up x, and the row's weight w.
+Given dy, unweighted:
+
+  dh = dy down^T     dw = sum_F dh h     du = w dh silu(g)     dg = w dh u silu'(g)
+  dx = dg gate^T + du up^T     d_gate = x^T dg     d_up = x^T du     d_down = (w h)^T dy
+
+`_weights_kernel` reads a tile of rows once and does all of it where an expert's three matrices fit in
+VMEM whole. Where they do not, it does everything but dx, a part of F at a time, and `_inputs_kernel`
+does dx. An expert's gradients stay in VMEM in float32 over all its rows: HBM sees them once.
+"""
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen3_jax.kernels import rows, target
+
+ALIGN = 64  # rows; every expert's group begins and ends at a multiple
+SPARE = 4 << 20  # bytes of VMEM left to the compiler
+NT = (((1,), (1,)), ((), ()))  # a b^T
+NN = (((1,), (0,)), ((), ()))  # a b
+
+
+class Blocks(NamedTuple):
+  heights: tuple  # row counts that have code of their own, ascending; the last is a tile's
+  columns: int  # of D in one turn of the inner loop
+  hidden: int  # of F in one piece of the elementwise part
+  splits: int  # parts of F; 1: dx in the same pass
+  inputs: int  # parts of D in the pass for dx
+
+
+def rows_gradient(x_PD, dy_PD, g_PF, u_PF, weight_P, count_E, gate_EDF, up_EDF, down_EFD, *,
+                  blocks, interpret=False):
+  """(dx_PD, dweight_P float32, dgate_EDF, dup_EDF, ddown_EFD) of rows sorted by expert.
+
+  Expert e has the rows from sum_{i<e} ceil(count_i / 64) * 64; rows after the last group are not
+  read (g, u) or are finite (x, dy), and dx there is undefined.
+  """
+  rows_E = -(-count_E // ALIGN) * ALIGN
+  scalars = (rows_E, _following(rows_E), jnp.cumsum(rows_E) - rows_E)
+  scalars = tuple(s.astype(jnp.int32) for s in scalars)
+  dx_PD, dg_PF, du_PF, dweight_P, *weights = _weights_gradient(
+      scalars, x_PD, dy_PD, g_PF, u_PF, weight_P, gate_EDF, up_EDF, down_EFD, blocks, interpret)
+  if blocks.splits > 1:
+    dx_PD = _inputs_gradient(scalars, dg_PF, du_PF, gate_EDF, up_EDF, blocks, interpret)
+  return dx_PD, dweight_P, *weights
+
+
+def _following(rows_E):
+  """The rows of the first expert from e on that has any, for e from 0 to E; 0 if none has."""
+  E = len(rows_E)
+  index_E = jnp.where(rows_E > 0, jnp.arange(E), E)
+  index_E = jnp.flip(jax.lax.cummin(jnp.flip(index_E)))
+  return jnp.append(jnp.take(rows_E, index_E, mode='fill', fill_value=0), 0)
+
+
+def _dot(a, b, dims):
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _visit_tiles(rows_E, after_E, start_E, state, tile, load, store, visit, least=0):
+  """Runs visit(tile's number, slot, rows) on the tiles of this grid step's expert, copying round it.
+
+  An expert without rows has `least` tiles, of 0 rows.
+  `state` in SMEM: tiles visited by this core, and the rows still being stored from either slot.
+  """
+  e = pl.program_id(1)
+  start, total = start_E[e], rows_E[e]
+
+  @pl.when(e == 0)
+  def _():
+    for i in range(3):
+      state[i] = 0
+    load(0, jnp.minimum(after_E[0], tile), 0, 'start')
+
+  def step(t, _):
+    slot, left = state[0] & 1, total - t * tile
+    here, n = start + t * tile, jnp.minimum(left, tile)
+    following = jnp.where(left > tile, left - tile, jnp.where(total > 0, after_E[e + 1], 0))
+    load(here + n, jnp.minimum(following, tile), 1 - slot, 'start')
+    load(here, n, slot, 'wait')
+    store(0, state[1 + slot], slot, 'wait')
+    visit(t, slot, n)
+    store(here, n, slot, 'start')
+    state[1 + slot] = n
+    state[0] += jnp.where(total > 0, 1, 0)
+    return 0
+
+  jax.lax.fori_loop(0, jnp.maximum(pl.cdiv(total, tile), least), step, 0)
+
+  @pl.when(e == pl.num_programs(1) - 1)
+  def _():
+    for slot in range(2):
+      store(0, state[1 + slot], slot, 'wait')
+
+
+def _by_height(heights, rows, run):
+  """Runs run(h) of the least height that has room for `rows`, 0 too."""
+  for low, high in zip((-1, *heights), heights):
+    pl.when((rows > low) & (rows <= high))(functools.partial(run, high))
+
+
+def _hidden_gradient(h, rows, dy_ref, g_ref, u_ref, weight_ref, down_ref, dweight_ref, dg_ref,
+                     du_ref, hidden_ref, width):
+  """dg, du and (w h)^T of a tile's first h rows, zero beyond `rows`, and dw."""
+  inside = jax.lax.broadcasted_iota(jnp.int32, (h, 1), 0) < rows
+  weight = jnp.where(inside, weight_ref[:h], 0)
+  dweight = jnp.zeros((h, 1), jnp.float32)
+  for f in range(0, g_ref.shape[1], width):
+    part = pl.ds(f, width)
+    dh = jnp.where(inside, _dot(dy_ref[:h], down_ref[part], NT), 0)
+    g = jnp.where(inside, g_ref[:h, part].astype(jnp.float32), 0)
+    u = jnp.where(inside, u_ref[:h, part].astype(jnp.float32), 0)
+    gated = jax.nn.sigmoid(g)
+    silu = g * gated
+    hidden = silu * u
+    dweight += jnp.sum(dh * hidden, axis=1, keepdims=True)
+    dh = dh * weight
+    dtype = dg_ref.dtype
+    dg_ref[:h, part] = (dh * u * (gated + silu * (1 - gated))).astype(dtype)
+    du_ref[:h, part] = (dh * silu).astype(dtype)
+    hidden_ref[part, :h] = (hidden * weight).astype(dtype).T
+  dweight_ref[:h] = dweight
+
+
+def _accumulate(sum_ref, out_ref, place, value, first):
+  """Adds to the float32 sum and leaves it in the output's dtype too."""
+  value += jnp.where(first, 0, sum_ref[place])
+  sum_ref[place] = value
+  if out_ref is not sum_ref:
+    out_ref[place] = value.astype(out_ref.dtype)
+
+
+def _weights_kernel(*refs, blocks, whole, own_sums):
+  """One expert (grid axis 1) and one part of F (axis 0); see `_weights_gradient` for the refs."""
+  refs = iter(refs)
+  take = lambda n: [next(refs) for _ in range(n)]
+  scalars, rows_hbm = take(3), take(5)
+  gate_ref, up_ref = take(2) if whole else (None, None)
+  down_ref, = take(1)
+  out_hbm = take(2 if whole else 3)
+  grads = take(3)
+  in_buf = take(5)
+  out_buf = take(2 if whole else 3)
+  dg_ref, du_ref = take(2) if whole else (None, None)
+  hidden_ref, state, in_sem, out_sem = take(4)
+  sums = take(3) if own_sums else grads
+  tile, columns, part = blocks.heights[-1], blocks.columns, pl.program_id(0)
+  F = down_ref.shape[0]
+  lane = pl.ds(pl.multiple_of(part * F, F), F)
+
+  def load(start, live, slot, act):
+    def pairs(offset, size):
+      at = pl.ds(pl.multiple_of(start + offset, ALIGN), size)
+      for i, (source, to) in enumerate(zip(rows_hbm, in_buf)):
+        yield (source.at[at, lane] if i in (2, 3) else source.at[at],
+               to.at[slot, pl.ds(offset, size)])
+    rows.copy_pieces(pairs, in_sem.at[slot], live, min(tile, rows_hbm[0].shape[0]), act, ALIGN)
+
+  def store(start, live, slot, act):
+    def pairs(offset, size):
+      at = pl.ds(pl.multiple_of(start + offset, ALIGN), size)
+      for i, (source, to) in enumerate(zip(out_buf, out_hbm)):
+        to = to.at[part, at] if i == 0 else to.at[at] if whole else to.at[at, lane]
+        yield source.at[slot, pl.ds(offset, size)], to
+    rows.copy_pieces(pairs, out_sem.at[slot], live, min(tile, rows_hbm[0].shape[0]), act, ALIGN)
+
+  def visit(t, slot, n):
+    x_ref, dy_ref, g_ref, u_ref, weight_ref = (b.at[slot] for b in in_buf)
+    dweight_ref, *out_refs = (b.at[slot] for b in out_buf)
+    dg, du = (dg_ref, du_ref) if whole else out_refs
+
+    def run(h):
+      _hidden_gradient(h, n, dy_ref, g_ref, u_ref, weight_ref, down_ref, dweight_ref, dg, du,
+                       hidden_ref, blocks.hidden)
+
+      def turn(i, _):
+        at = pl.ds(pl.multiple_of(i * columns, columns), columns)
+        if whole:
+          out_refs[0][:h, at] = (_dot(dg[:h], gate_ref[at], NT) + _dot(du[:h], up_ref[at], NT)
+                                 ).astype(out_refs[0].dtype)
+        x_T = x_ref[:h, at].T
+        _accumulate(sums[0], grads[0], (at, slice(None)), _dot(x_T, dg[:h], NN), t == 0)
+        _accumulate(sums[1], grads[1], (at, slice(None)), _dot(x_T, du[:h], NN), t == 0)
+        _accumulate(sums[2], grads[2], (slice(None), at),
+                    _dot(hidden_ref[:, :h], dy_ref[:h, at], NN), t == 0)
+        return 0
+      jax.lax.fori_loop(0, x_ref.shape[1] // columns, turn, 0)
+    _by_height(blocks.heights, n, run)
+
+  def clear(i, _):
+    at = pl.ds(pl.multiple_of(i * ALIGN, ALIGN), ALIGN)
+    for ref in in_buf[:2]:  # rows that no copy has reached meet zeros in the products: no NaN there
+      ref[:, at] = jnp.zeros((2, ALIGN, ref.shape[2]), ref.dtype)
+    return 0
+  jax.lax.fori_loop(0, jnp.where(pl.program_id(1) == 0, tile // ALIGN, 0), clear, 0)
+  _visit_tiles(*scalars, state, tile, load, store, visit, least=1)  # 0 rows: zero gradients
+
+
+def _weights_gradient(scalars, x_PD, dy_PD, g_PF, u_PF, weight_P, gate_EDF, up_EDF, down_EFD,
+                      blocks, interpret):
+  """(dx_PD or None, dg_PF, du_PF (None where dx is not), dweight_P, the three weights' gradients)."""
+  P, D = x_PD.shape
+  E, F = down_EFD.shape[:2]
+  tile, dtype = blocks.heights[-1], x_PD.dtype
+  whole, part = blocks.splits == 1, F // blocks.splits
+  own_sums = gate_EDF.dtype != jnp.float32
+  S, VMEM, hbm = jax.ShapeDtypeStruct, pltpu.VMEM, pl.BlockSpec(memory_space=pl.ANY)
+  wide = pl.BlockSpec((None, D, part), lambda f, e, *_: (e, 0, f))
+  tall = pl.BlockSpec((None, part, D), lambda f, e, *_: (e, f, 0))
+  tiles = [VMEM((2, tile, n), dtype) for n in (D, D, part, part)]
+  column = VMEM((2, tile, 1), jnp.float32)
+  out_rows = [D] if whole else [F, F]
+  out_buffers = [VMEM((2, tile, D if whole else part), dtype) for _ in out_rows]
+  scratch = [*tiles, column, column, *out_buffers,
+             *([VMEM((tile, part), dtype)] * 2 if whole else []), VMEM((part, tile), dtype),
+             pltpu.SMEM((3,), jnp.int32), pltpu.SemaphoreType.DMA((2,)),
+             pltpu.SemaphoreType.DMA((2,)),
+             *([VMEM(s, jnp.float32) for s in ((D, part), (D, part), (part, D))] if own_sums else [])]
+  weights = (gate_EDF, up_EDF, down_EFD) if whole else (down_EFD,)
+  dweight, *outs = pl.pallas_call(
+      functools.partial(_weights_kernel, blocks=blocks, whole=whole, own_sums=own_sums),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=3, grid=(blocks.splits, E),
+          in_specs=[hbm] * 5 + ([wide, wide] if whole else []) + [tall],
+          out_specs=[hbm] * (1 + len(out_rows)) + [wide, wide, tall], scratch_shapes=scratch),
+      out_shape=[S((blocks.splits, P, 1), jnp.float32), *(S((P, n), dtype) for n in out_rows),
+                 *(S(w.shape, w.dtype) for w in (gate_EDF, up_EDF, down_EFD))],
+      compiler_params=_params(), name='experts_backward', interpret=interpret,
+  )(*scalars, x_PD, dy_PD, g_PF, u_PF, weight_P[:, None], *weights)
+  outs = [outs[0], None, None, *outs[1:]] if whole else [None, *outs]
+  return *outs[:3], dweight.sum(0)[:, 0], *outs[3:]
+
+
+def _inputs_kernel(rows_E, after_E, start_E, dg_hbm, du_hbm, gate_ref, up_ref, dx_hbm, dg_buf, du_buf,
+                   dx_buf, state, in_sem, out_sem, *, blocks):
+  """dx of one expert (grid axis 1) and one part of D (axis 0)."""
+  tile, columns, part = blocks.heights[-1], blocks.columns, gate_ref.shape[0]
+  lane = pl.ds(pl.multiple_of(pl.program_id(0) * part, part), part)
+
+  def load(start, live, slot, act):
+    def pairs(offset, size):
+      at = pl.ds(pl.multiple_of(start + offset, ALIGN), size)
+      for source, to in ((dg_hbm, dg_buf), (du_hbm, du_buf)):
+        yield source.at[at], to.at[slot, pl.ds(offset, size)]
+    rows.copy_pieces(pairs, in_sem.at[slot], live, min(tile, dg_hbm.shape[0]), act, ALIGN)
+
+  def store(start, live, slot, act):
+    def pairs(offset, size):
+      at = pl.ds(pl.multiple_of(start + offset, ALIGN), size)
+      yield dx_buf.at[slot, pl.ds(offset, size)], dx_hbm.at[at, lane]
+    rows.copy_pieces(pairs, out_sem.at[slot], live, min(tile, dg_hbm.shape[0]), act, ALIGN)
+
+  def visit(t, slot, n):
+    def run(h):
+      for c in range(0, part, columns):
+        at = pl.ds(c, columns)
+        dx = _dot(dg_buf[slot, :h], gate_ref[at], NT) + _dot(du_buf[slot, :h], up_ref[at], NT)
+        dx_buf[slot, :h, at] = dx.astype(dx_buf.dtype)
+    _by_height(blocks.heights, n, run)
+
+  _visit_tiles(rows_E, after_E, start_E, state, tile, load, store, visit)
+
+
+def _inputs_gradient(scalars, dg_PF, du_PF, gate_EDF, up_EDF, blocks, interpret):
+  """dx_PD of the rows."""
+  (P, F), dtype, (E, D, _) = dg_PF.shape, dg_PF.dtype, gate_EDF.shape
+  tile, part, VMEM = blocks.heights[-1], D // blocks.inputs, pltpu.VMEM
+  hbm = pl.BlockSpec(memory_space=pl.ANY)
+  weights = pl.BlockSpec((None, part, F), lambda d, e, *_: (e, d, 0))
+  scratch = [*[VMEM((2, tile, F), dtype)] * 2, VMEM((2, tile, part), dtype),
+             pltpu.SMEM((3,), jnp.int32), pltpu.SemaphoreType.DMA((2,)),
+             pltpu.SemaphoreType.DMA((2,))]
+  return pl.pallas_call(
+      functools.partial(_inputs_kernel, blocks=blocks),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=3, grid=(blocks.inputs, E), in_specs=[hbm, hbm, weights, weights],
+          out_specs=hbm, scratch_shapes=scratch),
+      out_shape=jax.ShapeDtypeStruct((P, D), dtype), compiler_params=_params(),
+      name='experts_backward_inputs', interpret=interpret,
+  )(*scalars, dg_PF, du_PF, gate_EDF, up_EDF)
+
+
+def _params():
+  return pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'),
+                              vmem_limit_bytes=target.vmem() - SPARE // 2)
