@@ -34,6 +34,7 @@ class Blocks(NamedTuple):
   """Query slots, keys of a unit and query heads of one step; columns of one softmax; keys kept."""
   queries: int
   keys: int
+  units: int  # visited at once where none needs a mask
   heads: int
   columns: int
   resident: int  # keys of a head that stay in VMEM; more are visited in turns that are merged
@@ -45,7 +46,7 @@ def choose(N, K, H, S, dtype):
   heads = max(d for d in range(1, min(G, 5) + 1) if G % d == 0)
   queries = 1 << (1280 // heads).bit_length() - 1
   resident = 32768 * 2 // jnp.dtype(dtype).itemsize
-  default = dict(queries=min(queries, 1024), keys=256, heads=heads, columns=256, resident=resident)
+  default = dict(queries=min(queries, 1024), keys=256, units=4, heads=heads, columns=256, resident=resident)
   found = table.choose('flash_forward', N=N, K=K, H=H, S=S, dtype=jnp.dtype(dtype).name)
   return Blocks(**default | found)
 
@@ -54,6 +55,7 @@ class Plan(NamedTuple):
   """What the kernel's code is made for."""
   queries: int
   keys: int
+  units: int
   heads: int
   columns: int
   query_blocks: int
@@ -82,33 +84,41 @@ def _seen(plan, ahead, q_segment_ref, k_segment_ref, unit):
   return seen if plan.window is None else seen & (behind > ahead - plan.window)
 
 
-def _visit(plan, unit, following, seen, k_ref, q_scr, vt_scr, s_scr, acc_scr, l_scr, m_scr):
+def _visit(plan, unit, following, seen, k_ref, q_scr, vt_scr, s_scr, acc_scr, l_scr, m_scr, to=None):
   """Adds a unit to sums and output from its scores, which those of `following` replace."""
   for start in range(0, plan.heads * plan.queries, plan.columns):
     columns = pl.ds(start, plan.columns)
     s = s_scr[:, columns]
     s_scr[:, columns] = _scores(plan, k_ref, q_scr, following, columns)
-    if seen is not None:
-      at = start % plan.queries
-      s = jnp.where(seen[:, at:at + plan.columns], s, MASKED)
-    acc = acc_scr[:, columns]
+    at = start % plan.queries
+    mask = None if seen is None else seen[:, at:at + plan.columns]
+    acc, l = acc_scr[:, columns], l_scr[:, columns]
     if plan.running:
+      if mask is not None:
+        s = jnp.where(mask, s, MASKED)
       m_old = m_scr[:1, columns]
       m = jnp.maximum(m_old, jnp.max(s, axis=0, keepdims=True))
       m_scr[:1, columns] = m
       p, keep = jnp.exp2(s - m), jnp.exp2(m_old - m)
-      acc *= keep
-      l_scr[:, columns] *= keep
+      acc, l = acc * keep, l * keep
     else:
       p = jnp.exp2(s)
-    l_scr[:, columns] += p.reshape(plan.keys // 8, 8, plan.columns).sum(0)
-    acc_scr[:, columns] = acc + jnp.dot(
-      vt_scr[unit], p.astype(vt_scr.dtype), precision=plan.precision,
-      preferred_element_type=jnp.float32)
+      if mask is not None:
+        p = jnp.where(mask, p, 0)
+    l = l + p.reshape(plan.keys // 8, 8, plan.columns).sum(0)
+    acc = acc + jnp.dot(vt_scr[unit], p.astype(vt_scr.dtype), precision=plan.precision,
+                        preferred_element_type=jnp.float32)
+    if to is None:
+      acc_scr[:, columns], l_scr[:, columns] = acc, l
+    else:
+      to[0][:, columns], to[1][:, columns] = acc, l
+      if plan.running:
+        to[2][:1, columns], m_scr[:1, columns] = m, jnp.full_like(m, LOWEST)
+      acc_scr[:, columns], l_scr[:, columns] = jnp.zeros_like(acc), jnp.zeros_like(l)
 
 
-def _finish(plan, o_ref, lse_ref, acc_scr, l_scr, m_scr):
-  """Writes a block of queries and makes sums and output ready for the next."""
+def _write(plan, o_ref, lse_ref, acc_scr, l_scr, m_scr=None):
+  """Writes a block of queries from its sums."""
   l = l_scr[...].sum(0, keepdims=True)
   some = jnp.where(l > 0, l, 1)
   o_HC = (acc_scr[...] / some).astype(o_ref.dtype)
@@ -117,17 +127,13 @@ def _finish(plan, o_ref, lse_ref, acc_scr, l_scr, m_scr):
   lse = jnp.where(l > 0, lse / LOG2E, MASKED)
   for head in range(plan.heads):
     lse_ref[0, 0, head:head + 1, :] = lse[:, head * plan.queries:(head + 1) * plan.queries]
-  acc_scr[...] = jnp.zeros_like(acc_scr)
-  l_scr[...] = jnp.zeros_like(l_scr)
-  if plan.running:
-    m_scr[...] = jnp.full_like(m_scr, LOWEST)
 
 
 def _kernel(plan, low_ref, high_ref, open_ref, shut_ref, q_slot_ref, k_slot_ref, q_segment_ref,
             k_segment_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, q_scr, vt_scr, s_scr, acc_scr,
-            l_scr, m_scr=None):
+            l_scr, done_acc, done_l, m_scr=None, done_m=None):
   step = pl.program_id(3)
-  block = jnp.maximum(step - 1, 0)
+  block = jnp.clip(step - 1, 0, plan.query_blocks - 1)
   following = jnp.minimum(step, plan.query_blocks - 1)
   row = pl.program_id(0) * plan.query_blocks
   state = k_ref, q_scr, vt_scr, s_scr, acc_scr, l_scr, m_scr
@@ -144,24 +150,36 @@ def _kernel(plan, low_ref, high_ref, open_ref, shut_ref, q_slot_ref, k_slot_ref,
     return _seen(plan, ahead, q_segment_ref, k_segment_ref, unit)
 
   low = low_ref[row + block]
-  last = jnp.where(step == 0, low, jnp.maximum(high_ref[row + block] - 1, low))
-  first_open, shut = open_ref[row + block], shut_ref[row + block]
+  idle = (step == 0) | (step > plan.query_blocks)
+  last = jnp.where(idle, low, jnp.maximum(high_ref[row + block] - 1, low))
+  first_open = jnp.minimum(open_ref[row + block], last)
+  shut = jnp.minimum(shut_ref[row + block], last)
+  many = (shut - first_open) // plan.units
+  before = first_open - low
 
-  def visit(unit, _):
+  def visit(turn, _):
+    unit = low + turn + (plan.units - 1) * jnp.clip(turn - before, 0, many)
     whole = (unit >= first_open) & (unit < shut)
+    wide = (turn >= before) & (turn < before + many)
 
-    @pl.when(whole)
+    @pl.when(wide)
+    def _():
+      for u in range(plan.units):
+        _visit(plan, unit + u, unit + u + 1, None, *state)
+
+    @pl.when(whole & jnp.logical_not(wide))
     def _():
       _visit(plan, unit, unit + 1, None, *state)
 
     @pl.when(jnp.logical_not(whole))
     def _():
       _visit(plan, unit, unit + 1, seen(unit), *state)
-  jax.lax.fori_loop(low, last, visit, None)
+  jax.lax.fori_loop(0, last - low - (plan.units - 1) * many, visit, None)
   q = q_ref[0].reshape(plan.heads * plan.queries, plan.width).astype(jnp.float32)
   q_scr[...] = (q * (plan.width ** -0.5 * LOG2E)).astype(q_scr.dtype)
-  _visit(plan, last, low_ref[row + following], seen(last), *state)
-  _finish(plan, o_ref, lse_ref, acc_scr, l_scr, m_scr)
+  done = [done_acc, done_l] + ([done_m] if plan.running else [])
+  _write(plan, o_ref, lse_ref, *done)
+  _visit(plan, last, low_ref[row + following], seen(last), *state, to=done)
 
 
 def _specs(plan, groups, S):
@@ -172,17 +190,17 @@ def _specs(plan, groups, S):
   def at_next(b, k, g, i, *_):
     return b, k * groups + g, jnp.minimum(i, last), 0
 
-  def at_this(b, k, g, i, *_):
-    return b, k * groups + g, jnp.maximum(i - 1, 0), 0
+  def at_written(b, k, g, i, *_):
+    return b, k * groups + g, jnp.maximum(i - 2, 0), 0
   keys = pl.BlockSpec((1, 1, S, H), lambda b, k, g, i, *_: (b, k, 0, 0))
   inputs = [
-    pl.BlockSpec((1, 1, tq), lambda b, k, g, i, *_: (b, 0, jnp.maximum(i - 1, 0))),
+    pl.BlockSpec((1, 1, tq), lambda b, k, g, i, *_: (b, 0, jnp.clip(i - 1, 0, last))),
     pl.BlockSpec((1, S // tk, tk), lambda b, k, g, i, *_: (b, 0, 0)),
     pl.BlockSpec((1, heads, tq, H), at_next), keys, keys]
   outputs = [
-    pl.BlockSpec((1, heads, tq, H), at_this),
+    pl.BlockSpec((1, heads, tq, H), at_written),
     pl.BlockSpec((1, 1, heads, tq),
-                 lambda b, k, g, i, *_: (b, k * groups + g, 0, jnp.maximum(i - 1, 0)))]
+                 lambda b, k, g, i, *_: (b, k * groups + g, 0, jnp.maximum(i - 2, 0)))]
   return inputs, outputs
 
 
@@ -192,8 +210,10 @@ def _scratch(plan, dtype):
   shapes = dict(scaled_queries=((C, H), dtype),
                 values_turned=((S // plan.keys, H, plan.keys), dtype),
                 scores=((plan.keys, C), jnp.float32), output=((H, C), jnp.float32),
-                sums=((8, C), jnp.float32))
-  return shapes | (dict(maxima=((8, C), jnp.float32)) if plan.running else {})
+                sums=((8, C), jnp.float32), done=((H, C), jnp.float32),
+                done_sums=((8, C), jnp.float32))
+  maxima = dict(maxima=((8, C), jnp.float32), done_maxima=((8, C), jnp.float32))
+  return shapes | (maxima if plan.running else {})
 
 
 def _require_vmem(plan, dtype, out_dtype):
@@ -219,7 +239,7 @@ def _call(plan, scalars, q_segment, k_segment, q_BNTH, k_BKSH, v_BKSH, out_dtype
   o, lse = pl.pallas_call(
     functools.partial(_kernel, plan),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=len(scalars), grid=(B, K, groups, plan.query_blocks + 1),
+      num_scalar_prefetch=len(scalars), grid=(B, K, groups, plan.query_blocks + 2),
       in_specs=inputs, out_specs=outputs,
       scratch_shapes=[pltpu.VMEM(*x) for x in _scratch(plan, q_BNTH.dtype).values()]),
     out_shape=[jax.ShapeDtypeStruct(q_BNTH.shape, out_dtype),
@@ -291,8 +311,8 @@ def _run(blocks, window, bound, interpret, q_BTNH, q_segment_BT, q_start_X, k_BS
     flash_blocks.slots(k_start_Y, S, blocks.keys)]
   heads = math.gcd(blocks.heads, N // K)
   exact = q_BTNH.dtype == jnp.float32
-  plan = Plan(blocks.queries, blocks.keys, heads, min(blocks.columns, blocks.queries), n_q,
-              n_k, H, window, True, jax.lax.Precision.HIGHEST if exact else None)
+  plan = Plan(blocks.queries, blocks.keys, blocks.units, heads, min(blocks.columns, blocks.queries),
+              n_q, n_k, H, window, True, jax.lax.Precision.HIGHEST if exact else None)
   args = [scalars, jnp.where(q_segment > 0, q_segment, -1)[:, None],
           k_segment_BS.reshape(B, n_k, blocks.keys),
           *(x.swapaxes(1, 2) for x in (q, k_BSKH, v_BSKH)), out_dtype, interpret]
