@@ -1,0 +1,361 @@
+"""Gradients of causal grouped-query attention on a TPU, all three in one kernel.
+
+p is made again from the saved log-sum-exp, so no maximum is looked for (Dao 2023, FlashAttention-2,
+algorithm 2): p = exp(s - lse), ds = p (dp - delta), delta = sum(o do). Rows of a step are some
+hundred queries of the heads that share a key head. Scores and dp are queries x keys; the gradients
+are made transposed, head_dim x tokens: p and ds are then the weights of a 256-wide matrix unit,
+where head_dim 128 as its output would leave half of it empty. Only dq needs ds turned, which the
+otherwise idle transpose unit does. Keys, values and their float32 gradients stay in VMEM for all
+queries of a key head; dq is complete at the end of a step, so nothing is summed outside the kernel.
+Grid axis 0, which v5p's two cores split, is (row, key head). Meaning: `reference.partial_attention`.
+"""
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen3_jax.kernels import blocks as table
+from qwen3_jax.kernels import flash_blocks, target
+
+LOG2E = math.log2(math.e)
+LANES = 128
+
+
+class Blocks(NamedTuple):
+  """Sizes of a step."""
+  queries: int  # slots of a query block
+  heads: int  # query heads side by side; rows are heads x queries
+  keys: int  # of a unit, the smallest that is visited or skipped
+  chunk: int  # keys of one round of matrix products
+  resident: int  # keys of a head that stay in VMEM; more are visited in turns
+
+
+class Plan(NamedTuple):
+  """What the kernel's code is made for."""
+  blocks: Blocks
+  width: int
+  scale: float
+  window: int | None
+  precision: jax.lax.Precision | None
+
+  @property
+  def rows(self):
+    return self.blocks.heads * self.blocks.queries
+
+
+class Scratch(NamedTuple):
+  """What stays in VMEM; `turned` is head_dim (or keys) x tokens, columns are lane copies."""
+  q: jax.Array  # times H^-1/2 log2(e)
+  do: jax.Array
+  q_turned: jax.Array
+  do_turned: jax.Array
+  k_turned: jax.Array
+  lse: jax.Array  # times log2(e)
+  delta: jax.Array
+  segment: jax.Array
+  bias: jax.Array
+  ds_turned: jax.Array
+  dq_turned: jax.Array
+  dk_turned: jax.Array
+  dv_turned: jax.Array
+
+
+def choose(N, K, H, S, dtype):
+  """`Blocks` for some lengths: from the table, else about a thousand rows of few slots."""
+  heads = max(d for d in range(1, 6) if N // K % d == 0)
+  queries = LANES * round(1024 / heads / LANES)
+  resident = target.vmem() // (8 * flash_blocks.MIB) * 1024 * 2 // jnp.dtype(dtype).itemsize
+  default = dict(queries=queries, heads=heads, keys=512, chunk=256, resident=resident)
+  return Blocks(**default | table.choose('flash_backward', N=N, K=K, H=H, S=S,
+                                         dtype=jnp.dtype(dtype).name))
+
+
+def _widen(x, width):
+  """Lane copies of a column, (rows, lanes), as (rows, width)."""
+  return x if x.shape[1] == width else jnp.concatenate([x] * (width // x.shape[1]), axis=1)
+
+
+def _column(row, lanes):
+  """A row (1, n) as lane copies of a column, (n, lanes)."""
+  return jnp.broadcast_to(row, (lanes, row.shape[1])).T
+
+
+def _load(plan, q_segment_ref, lse_ref, q_ref, do_ref, o_ref, scr):
+  """Makes the rows of a query block, and their transposes, log-sum-exp and delta."""
+  tq, H, lanes = plan.blocks.queries, plan.width, scr.lse.shape[1]
+  for head in range(plan.blocks.heads):
+    rows, lane = slice(head * tq, (head + 1) * tq), slice(head * H, (head + 1) * H)
+    q = (q_ref[0, :, lane].astype(jnp.float32) * (plan.scale * LOG2E)).astype(scr.q.dtype)
+    do = do_ref[0, :, lane]
+    scr.q[rows, :], scr.q_turned[:, rows] = q, q.T
+    scr.do[rows, :], scr.do_turned[:, rows] = do, do.T
+    delta = do.astype(jnp.float32) * o_ref[0, :, lane].astype(jnp.float32)
+    scr.delta[rows, :] = jnp.broadcast_to(delta.sum(1, keepdims=True), (tq, lanes))
+    scr.lse[rows, :] = _column(lse_ref[0, 0, head:head + 1, :] * LOG2E, lanes)
+  scr.segment[...] = _column(q_segment_ref[0], lanes)
+  scr.dq_turned[...] = jnp.zeros_like(scr.dq_turned)
+
+
+def _make_bias(plan, ahead, k_segment, scr):
+  """-inf where a query does not see a key, (queries, chunk); `ahead`: slot of query 0 - of key 0."""
+  shape = scr.bias.shape
+  behind = (jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+            - jax.lax.broadcasted_iota(jnp.int32, shape, 1) + ahead)
+  seen = (k_segment == _widen(scr.segment[...], shape[1])) & (behind >= 0)
+  if plan.window is not None:
+    seen &= behind < plan.window
+  scr.bias[...] = jnp.where(seen, 0.0, -jnp.inf)
+
+
+def _dot(plan, a, b, contract_b=0):
+  return jax.lax.dot_general(a, b, (((1,), (contract_b,)), ((), ())), precision=plan.precision,
+                             preferred_element_type=jnp.float32)
+
+
+def _differentiate(plan, k_ref, v_ref, scr, start, bias):
+  """p and ds of all rows and the keys of a chunk, in the inputs' type."""
+  keys, chunk = pl.ds(start, plan.blocks.chunk), plan.blocks.chunk
+  s = _dot(plan, scr.q[...], k_ref[0, keys, :], 1) - _widen(scr.lse[...], chunk)
+  if bias is not None:
+    s = s + jnp.concatenate([bias[...]] * plan.blocks.heads, axis=0)
+  p = jnp.exp2(s)
+  dp = _dot(plan, scr.do[...], v_ref[0, keys, :], 1) - _widen(scr.delta[...], chunk)
+  return p.astype(scr.q.dtype), (p * dp).astype(scr.q.dtype)
+
+
+def _visit(plan, k_ref, v_ref, scr, first, chunks, mask=None):
+  """Adds what `chunks` chunks of keys from `first` on give to all three gradients.
+
+  A chunk's scores are made before the gradients of the chunk before it, and its share of dq one
+  later still, so that products, exponentials and transposes of three chunks overlap.
+  """
+  starts = [pl.multiple_of(first + n * plan.blocks.chunk, plan.blocks.chunk) for n in range(chunks)]
+  waiting = {}
+
+  def add_keys(n):
+    keys = pl.ds(starts[n], plan.blocks.chunk)
+    p, ds = waiting.pop(n)
+    scr.dv_turned[:, keys] += _dot(plan, scr.do_turned[...], p)
+    scr.dk_turned[:, keys] += _dot(plan, scr.q_turned[...], ds)
+
+  def add_queries(n):
+    k_turned = scr.k_turned[:, pl.ds(starts[n], plan.blocks.chunk)]
+    scr.dq_turned[...] += _dot(plan, k_turned, scr.ds_turned[n])
+  for n in range(chunks + 2):
+    if n < chunks:
+      if mask:
+        mask(n)
+      waiting[n] = _differentiate(plan, k_ref, v_ref, scr, starts[n], scr.bias if mask else None)
+      scr.ds_turned[n] = waiting[n][1].T
+    if 0 <= n - 1 < chunks:
+      add_keys(n - 1)
+    if 0 <= n - 2 < chunks:
+      add_queries(n - 2)
+
+
+def _visit_all(plan, extents, slots, k_segment_ref, k_ref, v_ref, scr):
+  """Visits the needed units of keys: two at once and one without masks, then those with."""
+  unit, chunk = plan.blocks.keys, plan.blocks.chunk
+  low, high, first, shut = extents
+  first = jnp.clip(first, low, high)
+  shut = jnp.clip(shut, first, high)
+  pairs, lead = (shut - first) // 2, first - low
+  visit = functools.partial(_visit, plan, k_ref, v_ref, scr)
+
+  def two(n, _):
+    visit((first + 2 * n) * unit, 2 * unit // chunk)
+
+  def one(n, _):
+    visit(n * unit, unit // chunk)
+
+  def masked(n, _):
+    at = jnp.where(n < lead, low + n, shut + n - lead)
+    q_slot, k_slot = slots(at)
+
+    def mask(n):
+      k_segment = k_segment_ref[0, pl.ds(at, 1), n * chunk:(n + 1) * chunk]
+      _make_bias(plan, q_slot - k_slot - n * chunk, k_segment, scr)
+    visit(at * unit, unit // chunk, mask)
+  jax.lax.fori_loop(0, pairs, two, None)
+  jax.lax.fori_loop(first + 2 * pairs, shut, one, None)
+  jax.lax.fori_loop(0, lead + high - shut, masked, None)
+
+
+def _kernel(plan, row_heads, low_ref, high_ref, open_ref, shut_ref, q_slot_ref, k_slot_ref,
+            q_segment_ref, k_segment_ref, lse_ref, q_ref, do_ref, o_ref, k_ref, v_ref, dq_ref,
+            dk_ref, dv_ref, *scratch):
+  scr = Scratch(*scratch)
+  group, block = pl.program_id(1), pl.program_id(2)
+  at = pl.program_id(0) // row_heads * pl.num_programs(2) + block
+  tq, H, unit = plan.blocks.queries, plan.width, plan.blocks.keys
+
+  def each_unit(do):
+    def run(n, _):
+      do(pl.ds(pl.multiple_of(n * unit, unit), unit))
+    jax.lax.fori_loop(0, k_ref.shape[1] // unit, run, None)
+
+  @pl.when((group == 0) & (block == 0))
+  def _():
+    scr.dk_turned[...] = jnp.zeros_like(scr.dk_turned)
+    scr.dv_turned[...] = jnp.zeros_like(scr.dv_turned)
+
+    def turn(keys):
+      scr.k_turned[:, keys] = k_ref[0, keys, :].T
+    each_unit(turn)
+  some = low_ref[at] < high_ref[at]
+
+  @pl.when(some)
+  def _():
+    _load(plan, q_segment_ref, lse_ref, q_ref, do_ref, o_ref, scr)
+    extents = low_ref[at], high_ref[at], open_ref[at], shut_ref[at]
+    slots = lambda n: (q_slot_ref[block], k_slot_ref[n])
+    _visit_all(plan, extents, slots, k_segment_ref, k_ref, v_ref, scr)
+    for head in range(plan.blocks.heads):
+      dq = scr.dq_turned[:, head * tq:(head + 1) * tq].T * plan.scale
+      dq_ref[0, :, head * H:(head + 1) * H] = dq.astype(dq_ref.dtype)
+
+  @pl.when(~some)
+  def _():
+    dq_ref[...] = jnp.zeros_like(dq_ref)
+
+  @pl.when((group == pl.num_programs(1) - 1) & (block == pl.num_programs(2) - 1))
+  def _():
+    def write(keys):
+      dk_ref[0, keys, :] = (scr.dk_turned[:, keys].T * (1 / LOG2E)).astype(dk_ref.dtype)
+      dv_ref[0, keys, :] = scr.dv_turned[:, keys].T.astype(dv_ref.dtype)
+    each_unit(write)
+
+
+def _specs(plan, K, groups, S):
+  """Block specs of the inputs and of the outputs."""
+  tq, unit, heads, H = plan.blocks.queries, plan.blocks.keys, plan.blocks.heads, plan.width
+  queries = pl.BlockSpec((1, tq, heads * H), lambda n, g, i, *_: (n // K, i, n % K * groups + g))
+  keys = pl.BlockSpec((1, S, H), lambda n, g, i, *_: (n // K, 0, n % K))
+  inputs = [
+    pl.BlockSpec((1, 1, tq), lambda n, g, i, *_: (n // K, 0, i)),
+    pl.BlockSpec((1, S // unit, unit), lambda n, g, i, *_: (n // K, 0, 0)),
+    pl.BlockSpec((1, 1, heads, tq), lambda n, g, i, *_: (n // K, n % K * groups + g, 0, i)),
+    queries, queries, queries, keys, keys]
+  return inputs, [queries, keys, keys]
+
+
+def _scratch(plan, S, dtype):
+  """(shape, type) of every array of `Scratch`."""
+  blocks, H, rows = plan.blocks, plan.width, plan.rows
+  lanes = math.gcd(blocks.chunk, LANES)
+  turned = (H, S), jnp.float32
+  return Scratch(
+    q=((rows, H), dtype), do=((rows, H), dtype), q_turned=((H, rows), dtype),
+    do_turned=((H, rows), dtype), k_turned=((H, S), dtype), lse=((rows, lanes), jnp.float32),
+    delta=((rows, lanes), jnp.float32), segment=((blocks.queries, lanes), jnp.int32),
+    bias=((blocks.queries, blocks.chunk), jnp.float32),
+    ds_turned=((2 * blocks.keys // blocks.chunk, blocks.chunk, rows), dtype),
+    dq_turned=((H, rows), jnp.float32), dk_turned=turned, dv_turned=turned)
+
+
+def _require_vmem(plan, S, dtype, out_dtype):
+  """Bytes of VMEM to allow the compiler; raises ValueError where a core has fewer than needed."""
+  size, out_size = jnp.dtype(dtype).itemsize, jnp.dtype(out_dtype).itemsize
+  wide = lambda shape: math.prod(shape[:-1]) * max(shape[-1], LANES)
+  parts = dict(keys_values=4 * wide((S, plan.width)) * size,
+               their_gradients=4 * wide((S, plan.width)) * out_size,
+               queries=wide((plan.rows, plan.width)) * (6 * size + 2 * out_size))
+  for name, (shape, kept) in _scratch(plan, S, dtype)._asdict().items():
+    parts[name] = wide(shape) * jnp.dtype(kept).itemsize
+  capacity = target.vmem() * 15 // 16
+  flash_blocks.require_vmem('flash_backward', parts, capacity - 8 * flash_blocks.MIB,
+                            'lower blocks.resident (keys kept) or blocks.queries')
+  return capacity
+
+
+def _call(plan, scalars, q_segment, k_segment, lse, q, do, o, k, v, out_dtype, interpret):
+  """(dq, dk, dv) of padded inputs, heads and head_dim as one axis."""
+  B, T, _ = q.shape
+  S, K = k.shape[1], k.shape[2] // plan.width
+  groups = lse.shape[1] // plan.blocks.heads // K
+  inputs, outputs = _specs(plan, K, groups, S)
+  lse = lse.reshape(B, K * groups, plan.blocks.heads, T)
+  scratch = [pltpu.VMEM(*x) for x in _scratch(plan, S, q.dtype)]
+  return pl.pallas_call(
+    functools.partial(_kernel, plan, K),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(scalars), grid=(B * K, groups, T // plan.blocks.queries),
+      in_specs=inputs, out_specs=outputs, scratch_shapes=scratch),
+    out_shape=[jax.ShapeDtypeStruct(x.shape, out_dtype) for x in (q, k, v)],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
+      vmem_limit_bytes=_require_vmem(plan, S, q.dtype, out_dtype)),
+    interpret=interpret, name='flash_backward',
+  )(*scalars, q_segment, k_segment, lse, q, do, o, k, v)
+
+
+def _turns(blocks, Y, arrays, k_start_Y):
+  """Keys' arrays cut into the fewest equal turns that stay in VMEM: (turns, B, keys, ..), starts."""
+  each = arrays[0].shape[1] // Y
+  turns = -(-each // (blocks.resident // blocks.keys * blocks.keys))
+  size = -(-each // turns // blocks.keys) * blocks.keys
+  cut = lambda x: flash_blocks.pad(x, Y, size * turns).reshape(
+    x.shape[0], Y * turns, size, *x.shape[2:]).swapaxes(0, 1)
+  starts = k_start_Y[:, None] + size * jnp.arange(turns, dtype=jnp.int32)
+  return [*map(cut, arrays), starts.reshape(-1, 1)]
+
+
+def backward(q_BTNH, k_BSKH, v_BSKH, q_segment_BT, k_segment_BS, q_start_X, k_start_Y, o_BTNH,
+             lse_BNT, do_BTNH, *, window=None, blocks=None, dtype=None, interpret=None):
+  """(dq, dk, dv) of `flash_attention.forward` for the cotangent `do_BTNH` of its output.
+
+  `o` and `lse` are of all keys that the queries see; those given here may be a part of them: the
+  gradients of the parts then add up. `dtype` is what the gradients are returned in (the inputs').
+  `blocks` is a dict that replaces sizes of `choose`. Raises ValueError if a core's VMEM is too
+  small for them.
+  """
+  N, H = q_BTNH.shape[2:]
+  S, K = k_BSKH.shape[1:3]
+  Y = k_start_Y.shape[0]
+  dtype = dtype or q_BTNH.dtype
+  chosen = choose(N, K, H, S, q_BTNH.dtype)._replace(**blocks or {})
+  interpret = target.platform() != 'tpu' if interpret is None else interpret
+  run = functools.partial(_run, chosen, window, interpret, (q_BTNH, do_BTNH, o_BTNH), lse_BNT,
+                          q_segment_BT, q_start_X)
+  keys = [flash_blocks.pad(x, Y, chosen.keys) for x in (k_BSKH, v_BSKH, k_segment_BS)]
+  if keys[0].shape[1] <= chosen.resident:
+    dq, *dkv = run(*keys, k_start_Y, dtype)
+  else:
+    def turn(dq, part):
+      more, *dkv = run(*part, jnp.float32)
+      return dq + more, [x.astype(dtype) for x in dkv]
+    parts = _turns(chosen, Y, (k_BSKH, v_BSKH, k_segment_BS), k_start_Y)
+    dq, dkv = jax.lax.scan(turn, jnp.zeros(q_BTNH.shape, jnp.float32), parts)
+    dkv = [x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in dkv]
+  return dq.astype(dtype), *(flash_blocks.unpad(x, Y, S) for x in dkv)
+
+
+def _run(blocks, window, interpret, queries, lse_BNT, q_segment_BT, q_start_X, k_BSKH, v_BSKH,
+         k_segment_BS, k_start_Y, dtype):
+  """`backward` over keys that fit VMEM and are whole units; `queries` are (q, do, o)."""
+  B, T, N, H = queries[0].shape
+  S, K = k_BSKH.shape[1:3]
+  X, wide = q_start_X.shape[0], -H % LANES
+
+  def flat(x):  # a head's width becomes whole lanes, and all heads one axis
+    x = jnp.pad(x, [(0, 0)] * 3 + [(0, wide)]) if wide else x
+    return x.reshape(*x.shape[:2], -1)
+  q_segment, lse = flash_blocks.pad(q_segment_BT, X, blocks.queries), lse_BNT.swapaxes(1, 2)
+  extents = flash_blocks.extents(*flash_blocks.pairs(
+    q_segment, k_segment_BS, q_start_X, k_start_Y, blocks.queries, blocks.keys, window))
+  scalars = [x.reshape(-1) for x in extents] + [
+    flash_blocks.slots(q_start_X, q_segment.shape[1], blocks.queries),
+    flash_blocks.slots(k_start_Y, S, blocks.keys)]
+  exact = queries[0].dtype == jnp.float32
+  plan = Plan(blocks, H + wide, H ** -0.5, window, jax.lax.Precision.HIGHEST if exact else None)
+  gradients = _call(
+    plan, scalars, jnp.where(q_segment > 0, q_segment, -1)[:, None],
+    k_segment_BS.reshape(B, -1, blocks.keys), flash_blocks.pad(lse, X, blocks.queries).swapaxes(1, 2),
+    *(flash_blocks.pad(flat(x), X, blocks.queries) for x in queries), flat(k_BSKH), flat(v_BSKH),
+    dtype, interpret)
+  dq, dk, dv = (x.reshape(*x.shape[:2], -1, H + wide)[..., :H] for x in gradients)
+  return flash_blocks.unpad(dq, X, T), dk, dv
