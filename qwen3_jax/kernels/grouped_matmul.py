@@ -1,10 +1,11 @@
 """A mixture's experts on the rows of their tokens, as two TPU kernels; meaning: `reference.experts`.
 
 `experts_gate_up` holds all tokens in VMEM and gathers each tile's rows from there, so that no
-permuted copy of them exists in HBM; it writes h = silu(x gate) * (x up), sorted by expert.
-`experts_down` holds all outputs in VMEM in float32 and adds each row of h down, times its weight, to
-its token's: the rows of the product never reach HBM either. Both walk the experts in order, whose
-next weights arrive meanwhile, and an expert's rows in tiles whose heights follow their number.
+permuted copy of them exists in HBM; it writes h = weight * silu(x gate) * (x up), sorted by expert.
+`experts_down` holds all outputs in VMEM in float32 and adds each row of h down to its token's: the
+rows of the product never reach HBM either. Both walk the experts in order, whose next weights arrive
+meanwhile, and an expert's rows in tiles whose heights follow their number. While one tile is
+multiplied, the next one's rows are gathered, or those of the one before added.
 Splits of F (first) and of D (second) are the outermost grid axis: each core of a v5p takes some.
 """
 import functools
@@ -18,16 +19,17 @@ from jax.experimental.pallas import tpu as pltpu
 from qwen3_jax.kernels import blocks as table
 from qwen3_jax.kernels import rows, target
 
+TAIL = 128  # rows of a product whose sums wait for the next tile
 ALIGN = 64  # rows; every expert's group begins and ends at a multiple of it
 SPARE = 4 << 20  # bytes of VMEM left to the compiler
 
 
 class Blocks(NamedTuple):
   """Row counts that have code of their own, ascending, the last being a whole tile's; and splits."""
-  gate_heights: tuple = (64, 128, 192, 256)
+  gate_heights: tuple = (64, 128, 256, 384, 512, 576)
   gate_splits: int = 1
   gate_columns: int = 256
-  down_heights: tuple = (64, 128, 192, 256)
+  down_heights: tuple = (64, 128, 256, 384, 512, 576)
   down_splits: int = 1
   down_columns: int = 256
 
@@ -56,8 +58,9 @@ def swiglu_down(x_MD, token_P, weight_P, count_E, gate_EDF, up_EDF, down_EFD, *,
   groups = _groups(count_E)
   x_MD = jnp.pad(x_MD, ((0, -M % rows.PIECE), (0, 0)))
   token_P = jnp.where(token_P < M, token_P, len(x_MD)).astype(jnp.int32)
-  h_PF, *saved = _gate_up(x_MD, token_P, groups, gate_EDF, up_EDF, blocks, save, interpret)
-  y_MD = _down(h_PF, len(x_MD), token_P, weight_P, groups, down_EFD, blocks, interpret)[:M]
+  h_PF, *saved = _gate_up(x_MD, token_P, weight_P, groups, gate_EDF, up_EDF, blocks, save,
+                          interpret)
+  y_MD = _down(h_PF, len(x_MD), token_P, groups, down_EFD, blocks, interpret)[:M]
   return (y_MD, *saved) if save else y_MD
 
 
@@ -95,7 +98,7 @@ def needs(M, D, F, dtype, blocks, save=False):
   M, size = M + -M % rows.PIECE, jnp.dtype(dtype).itemsize
   part, height, wide = F // blocks.gate_splits, blocks.gate_heights[-1], D // blocks.down_splits
   gate_up = (M + 1 + 2 * height + 2 * rows.PIECE) * D + 4 * D * part
-  gate_up += (6 if save else 2) * height * part
+  gate_up += (6 if save else 2) * height * part + 1024 * height
   height = blocks.down_heights[-1]
   down = 2 * (F * wide + height * F + rows.PIECE * wide) * size
   return {'experts_gate_up': gate_up * size, 'experts_down': down + 4 * wide * (M + 1 + 2 * height)}
@@ -130,62 +133,83 @@ def _dot(a, b):
   return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _gate_up_kernel(token_s, start_s, rows_s, x_hbm, gate_ref, up_ref, *refs, blocks):
+def _gate_up_kernel(place_s, start_s, rows_s, x_hbm, weight_ref, gate_ref, up_ref, *refs, blocks):
   """One part of F (grid axis 0) of one expert (axis 1)."""
-  n = (len(refs) - 7) // 2
+  n = (len(refs) - 8) // 2
   outs_hbm, outs = refs[:n], refs[n:2 * n]
-  held, staged, tile, buffer, state, load_sem, out_sem = refs[2 * n:]
+  held, staged, tile, weight, buffer, state, load_sem, out_sem = refs[2 * n:]
   e, height, (D, part) = pl.program_id(1), blocks.gate_heights[-1], gate_ref.shape
   columns = pl.ds(pl.multiple_of(pl.program_id(0) * part, rows.LANES), part)
 
-  def store(first, live, slot, act):
-    def pairs(offset, size):
-      at = pl.ds(pl.multiple_of(first + offset, ALIGN), size)
-      for out, out_hbm in zip(outs, outs_hbm):
-        yield out.at[slot, pl.ds(offset, size)], out_hbm.at[at, columns]
-    rows.copy_pieces(pairs, out_sem.at[slot], live, height, act, ALIGN)
+  def store(first, slot, act):
+    at = pl.ds(pl.multiple_of(first, ALIGN), height)
+    for out, out_hbm in zip(outs, outs_hbm):
+      copy = pltpu.make_async_copy(out.at[slot], out_hbm.at[at, columns], out_sem)
+      getattr(copy, act)()
 
   @pl.when(e == 0)
   def _():
     rows.hold(x_hbm, held, buffer, load_sem)
     n = rows.sublanes(D, tile.dtype)
     held[pl.ds(held.shape[0] - n, n)] = jnp.zeros((n, rows.LANES), held.dtype)
-    rows.fetch(held, staged, token_s, 0, height, D, tile.dtype)
-    for i in range(3):
-      state[i] = 0
+    rows.fetch(held, staged, place_s, 0, height, D, tile.dtype)
+    state[0] = 0
 
   def visit(i, _):
     slot, first = state[0] & 1, start_s[e] + i * height
     live = jnp.minimum(rows_s[e] - i * height, height)
-    store(0, state[1 + slot], slot, 'wait')
 
     def run(h):
       rows.unstage(staged, tile, h)
-      rows.fetch(held, staged, token_s, first + live, height, D, tile.dtype)
-      _multiply(tile, gate_ref, up_ref, [out.at[slot] for out in outs], h, blocks.gate_columns)
+      _spread(weight_ref, first // ALIGN, weight, h)
+      _multiply(tile, weight, gate_ref, up_ref, [out.at[slot] for out in outs], h,
+                blocks.gate_columns, lambda span: rows.fetch(
+                    held, staged, place_s, first + live, height, D, tile.dtype, span))
     _by_height(blocks.gate_heights, live, run)
-    store(first, live, slot, 'start')
-    state[1 + slot] = live
+
+    @pl.when(state[0] > 0)  # a whole tile is stored: the next one's rows overwrite what is too much
+    def _():
+      store(0, 1 - slot, 'wait')
+    store(first, slot, 'start')
     state[0] += 1
     return 0
   jax.lax.fori_loop(0, pl.cdiv(rows_s[e], height), visit, 0)
 
-  @pl.when(e == pl.num_programs(1) - 1)
+  @pl.when((e == pl.num_programs(1) - 1) & (state[0] > 0))
   def _():
-    for slot in range(2):
-      store(0, state[1 + slot], slot, 'wait')
+    store(0, 0, 'wait')
 
 
-def _multiply(tile, gate_ref, up_ref, outs, h, columns):
-  """silu(x gate) * (x up) of a tile's first h rows, and where wanted both factors."""
-  for f in range(0, gate_ref.shape[1], columns):
-    part = pl.ds(f, min(columns, gate_ref.shape[1] - f))
+def _spread(weight_ref, first, weight, h):
+  """Writes h rows' weights, ALIGN of them a row of `weight_ref`, across all lanes of `weight`."""
+  for i in range(h // ALIGN):
+    row = jnp.broadcast_to(weight_ref[pl.ds(first + i, 1)], (rows.LANES, ALIGN))
+    weight[pl.ds(i * ALIGN, ALIGN)] = row.T
+
+
+def _multiply(tile, weight, gate_ref, up_ref, outs, h, columns, fetch):
+  """weight * silu(x gate) * (x up) of a tile's first h rows, and where wanted both factors.
+
+  Meanwhile fetches the next tile, some rows with each part of the columns.
+  """
+  for span, part in _shares(tile.shape[0], gate_ref.shape[1], columns):
+    fetch(span)
     g, u = _dot(tile[:h], gate_ref[:, part]), _dot(tile[:h], up_ref[:, part])
-    for out, value in zip(outs, (jax.nn.silu(g) * u, g, u)):
+    hidden = jax.nn.silu(g) * u * jnp.concatenate(
+        [weight[:h]] * (part.size // rows.LANES), axis=1)
+    for out, value in zip(outs, (hidden, g, u)):
       out[:h, part] = value.astype(out.dtype)
 
 
-def _gate_up(x_MD, token_P, groups, gate_EDF, up_EDF, blocks, save, interpret):
+def _shares(rows, width, columns):
+  """Parts of the columns, each with its share of the rows as (first, end), in whole eights."""
+  starts = list(range(0, width, columns))
+  ends = [rows * (i + 1) // len(starts) // 8 * 8 for i in range(len(starts))]
+  return [((first, end), pl.ds(start, min(columns, width - start)))
+          for first, end, start in zip([0, *ends], ends, starts)]
+
+
+def _gate_up(x_MD, token_P, weight_P, groups, gate_EDF, up_EDF, blocks, save, interpret):
   (M, D), dtype, P = x_MD.shape, x_MD.dtype, len(token_P)
   E, _, F = gate_EDF.shape
   part, height, n = F // blocks.gate_splits, blocks.gate_heights[-1], 3 if save else 1
@@ -193,18 +217,22 @@ def _gate_up(x_MD, token_P, groups, gate_EDF, up_EDF, blocks, save, interpret):
   hbm = pl.BlockSpec(memory_space=pl.ANY)
   weights = pl.BlockSpec((None, D, part), lambda f, e, *_: (e, 0, f))
   scratch = [*[VMEM((2, height, part), dtype)] * n, VMEM(((M + 1) * sublanes, rows.LANES), word),
-             VMEM((height * sublanes, rows.LANES), word), VMEM((height, D), dtype),
-             VMEM((2, rows.PIECE, D), dtype), pltpu.SMEM((3,), jnp.int32),
-             pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))]
-  ahead_P = jnp.append(token_P, jnp.full(height, M, jnp.int32))  # read beyond the last tile
+             VMEM(((height + 2) * sublanes, rows.LANES), word), VMEM((height, D), dtype),
+             VMEM((height, rows.LANES), jnp.float32), VMEM((2, rows.PIECE, D), dtype),
+             pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA]
+  more = max(height, blocks.down_heights[-1])  # rows read and written beyond the last tile
+  place_P, weight_P = (jnp.append(a, jnp.full(more, fill, a.dtype))
+                       for a, fill in ((token_P * sublanes, M * sublanes), (weight_P, 0)))
   return pl.pallas_call(
       functools.partial(_gate_up_kernel, blocks=blocks),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=3, grid=(blocks.gate_splits, E), in_specs=[hbm, weights, weights],
+          num_scalar_prefetch=3, grid=(blocks.gate_splits, E),
+          in_specs=[hbm, pl.BlockSpec(memory_space=VMEM), weights, weights],
           out_specs=[hbm] * n, scratch_shapes=scratch),
-      out_shape=[jax.ShapeDtypeStruct((P, F), dtype)] * n,
+      out_shape=[jax.ShapeDtypeStruct((P + more, F), dtype)] * n,
       compiler_params=_params(), name='experts_gate_up', interpret=interpret,
-  )(ahead_P, groups.start_E, groups.rows_E, x_MD, gate_EDF, up_EDF)
+  )(place_P, groups.start_E, groups.rows_E, x_MD,
+    weight_P.reshape(-1, ALIGN).astype(jnp.float32), gate_EDF, up_EDF)
 
 
 def _params():
@@ -212,85 +240,133 @@ def _params():
                               vmem_limit_bytes=target.vmem() - SPARE // 2)
 
 
-def _down_kernel(token_s, weight_s, start_s, rows_s, after_s, h_hbm, down_ref, out_hbm, total, y,
-                 h_tile, out_tile, state, h_sem, out_sem, *, blocks):
-  """One part of D (grid axis 0) of one expert (axis 1). `state`: tiles done, the last one's place."""
-  e, height = pl.program_id(1), blocks.down_heights[-1]
-  part = down_ref.shape[1]
-  step = min(blocks.down_columns, part)
-  size = y.shape[0] // 2
+def _down_kernel(place_s, start_s, rows_s, after_s, h_hbm, down_ref, out_hbm, total, even, odd,
+                 tail, h_tile, out_tile, state, h_sem, out_sem, *, blocks):
+  """One part of D (grid axis 0) of one expert (axis 1). `state`: tiles done, where TAIL rows go."""
+  e, height, part = pl.program_id(1), blocks.down_heights[-1], down_ref.shape[1]
   columns = pl.ds(pl.multiple_of(pl.program_id(0) * part, rows.LANES), part)
 
-  def load(first, live, slot, act):
-    def pairs(offset, size):
-      at = pl.ds(pl.multiple_of(first + offset, ALIGN), size)
-      yield h_hbm.at[at], h_tile.at[slot, pl.ds(offset, size)]
-    rows.copy_pieces(pairs, h_sem.at[slot], live, height, act, ALIGN)
-
-  def add(base, span):
-    rows.add(total, y, base, height, token_s, weight_s, state[1], state[2], span)
+  def load(first, slot):
+    at = pl.ds(pl.multiple_of(first, ALIGN), height)
+    return pltpu.make_async_copy(h_hbm.at[at], h_tile.at[slot], h_sem.at[slot])
 
   @pl.when(e == 0)
   def _():
     _clear(total)
-    for i in range(3):
-      state[i] = 0
-    load(0, jnp.minimum(after_s[0], height), 0, 'start')
+    _clear(tail)
+    state[0] = state[1] = 0
+
+    @pl.when(after_s[0] > 0)
+    def _():
+      load(0, 0).start()
 
   def visit(i, _):
     slot, first, left = state[0] & 1, start_s[e] + i * height, rows_s[e] - i * height
     live = jnp.minimum(left, height)
-    following = jnp.where(left > live, left - live, after_s[e + 1])
-    load(first + live, jnp.minimum(following, height), 1 - slot, 'start')
-    load(first, live, slot, 'wait')
-    here = pl.multiple_of(slot * size, 8)
+
+    @pl.when((left > live) | (after_s[e + 1] > 0))
+    def _():
+      load(first + live, 1 - slot).start()
+    load(first, slot).wait()
+    _blank(h_tile.at[slot], live, blocks.down_heights)
 
     def run(h):
-      for c in range(0, part, step):
-        product = _dot(h_tile[slot, :h], down_ref[:, pl.ds(c, step)])
-        for b in range(0, step, rows.LANES):
-          place = pl.multiple_of(here + (c + b) // rows.LANES * height, 8)
-          y[pl.ds(place, h)] = product[:, b:b + rows.LANES]
-        add(size - here, (c * height // part, (c + step) * height // part))
+      before, waiting, place, offset = tail, TAIL, state[1], 0
+      for i, count in enumerate(_divide(h, height)):
+        here = tail if offset + count == h else (even, odd)[i % 2]
+        add = functools.partial(rows.add, total, before, _room(before, tail, height), place_s, place)
+        _multiply_down(h_tile.at[slot, pl.ds(offset, count)], down_ref, here,
+                       _room(here, tail, height), blocks.down_columns, waiting, add, here is before)
+        before, waiting, place, offset = here, count, first + offset, offset + count
+      state[1] = place
     _by_height(blocks.down_heights, live, run)
-    state[0], state[1], state[2] = state[0] + 1, first, live
+    state[0] += 1
     return 0
   jax.lax.fori_loop(0, pl.cdiv(rows_s[e], height), visit, 0)
 
   @pl.when(e == pl.num_programs(1) - 1)
   def _():
-    add((1 - (state[0] & 1)) * size, (0, height))
+    rows.add(total, tail, TAIL, place_s, state[1], (0, TAIL))
     rows.release(total, out_hbm, columns, out_tile, out_sem)
 
 
-def _clear(ref):
-  """Zeros a held array of M + 1 rows, M a multiple of rows.PIECE."""
-  pieces = ref.shape[0] // rows.PIECE
+def _divide(h, height):
+  """Rows of each turn: TAIL (or fewer) last, the others alike, at most half of the tallest's rest."""
+  if h <= TAIL:
+    return (h,)
+  turns = pl.cdiv(h - TAIL, _room(None, ..., height))
+  count = -(-(h - TAIL) // turns // 16) * 16
+  return (*[count] * (turns - 1), h - TAIL - (turns - 1) * count, TAIL)
 
+
+def _room(ref, tail, height):
+  """Rows that a buffer of products has room for."""
+  return TAIL if ref is tail else max(-(-(height - TAIL) // 32) * 16, 16)
+
+
+def _multiply_down(h_ref, down_ref, y, room, columns, waiting, add, same):
+  """Writes h down to `y`, and meanwhile adds the `waiting` rows of the product before.
+
+  Where these are in `y` themselves they go first. A short tail is filled up with zeros: the rows
+  after it get them.
+  """
+  if same:
+    add((0, waiting))
+  count = h_ref.shape[0]
+  for span, part in _shares(waiting, down_ref.shape[1], columns):
+    product = _dot(h_ref[...], down_ref[:, part])
+    for b in range(0, part.size, rows.LANES):
+      start = (part.start + b) // rows.LANES * rows.pitch(room)
+      y[pl.ds(start, count)] = product[:, b:b + rows.LANES]
+      if count < TAIL == room:
+        y[pl.ds(start + count, TAIL - count)] = jnp.zeros((TAIL - count, rows.LANES), y.dtype)
+    if not same:
+      add(span)
+
+
+def _clear(ref):
+  """Zeros an array."""
   def turn(i, _):
     ref[pl.ds(pl.multiple_of(i * rows.PIECE, rows.PIECE), rows.PIECE)] = jnp.zeros(
         (rows.PIECE, rows.LANES), ref.dtype)
     return 0
+  pieces, left = divmod(ref.shape[0], rows.PIECE)
   jax.lax.fori_loop(0, pieces, turn, 0)
+  if left:
+    ref[pl.ds(pieces * rows.PIECE, left)] = jnp.zeros((left, rows.LANES), ref.dtype)
 
 
-def _down(h_PF, M, token_P, weight_P, groups, down_EFD, blocks, interpret):
-  (P, F), dtype = h_PF.shape, h_PF.dtype
-  E, _, D = down_EFD.shape
+def _blank(tile, live, heights):
+  """Zeros the rows from `live` to the height that they are multiplied in: they are added too."""
+  h = heights[-1]
+  for height in heights[-2::-1]:
+    h = jnp.where(live <= height, height, h)
+
+  def turn(i, _):
+    tile[pl.ds(pl.multiple_of(live + i * ALIGN, ALIGN), ALIGN)] = jnp.zeros(
+        (ALIGN, tile.shape[1]), tile.dtype)
+    return 0
+  jax.lax.fori_loop(0, (h - live) // ALIGN, turn, 0)
+
+
+def _down(h_PF, M, token_P, groups, down_EFD, blocks, interpret):
+  dtype = h_PF.dtype
+  E, F, D = down_EFD.shape
   part, height = D // blocks.down_splits, blocks.down_heights[-1]
   n, VMEM, hbm = part // rows.LANES, pltpu.VMEM, pl.BlockSpec(memory_space=pl.ANY)
+  spread = _room(None, ..., height)
   scratch = [VMEM(((M + 1) * n, rows.LANES), jnp.float32),
-             VMEM((2 * height * n, rows.LANES), jnp.float32), VMEM((2, height, F), dtype),
-             VMEM((2, rows.PIECE, part), dtype), pltpu.SMEM((3,), jnp.int32),
+             *(VMEM((rows.pitch(room) * n, rows.LANES), jnp.float32) for room in (spread, spread, TAIL)),
+             VMEM((2, height, F), dtype), VMEM((2, rows.PIECE, part), dtype),
+             pltpu.SMEM((2,), jnp.int32),
              pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))]
-  token_P, weight_P = (jnp.append(a, jnp.full(height, fill, a.dtype))
-                       for a, fill in ((token_P, M), (weight_P.astype(jnp.float32), 0)))
+  place_P = jnp.append(token_P, jnp.full(height, M, jnp.int32)) * n
   return pl.pallas_call(
       functools.partial(_down_kernel, blocks=blocks),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=5, grid=(blocks.down_splits, E),
+          num_scalar_prefetch=4, grid=(blocks.down_splits, E),
           in_specs=[hbm, pl.BlockSpec((None, F, part), lambda d, e, *_: (e, 0, d))],
           out_specs=hbm, scratch_shapes=scratch),
       out_shape=jax.ShapeDtypeStruct((M, D), dtype),
       compiler_params=_params(), name='experts_down', interpret=interpret,
-  )(token_P, weight_P, *groups, h_PF, down_EFD)
+  )(place_P, *groups, h_PF, down_EFD)

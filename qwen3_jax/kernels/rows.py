@@ -2,8 +2,8 @@
 
 A held row is `sublanes` whole sublanes of 128 words of 32 bits, so that one load or store moves up to
 1,024 words of it. In bfloat16 word c holds columns c (low half) and c + D/2 (high half) of the row.
-A tile of fetched rows is staged column block by column block; in bfloat16 the even rows come before
-the odd ones, because a register of 16-bit numbers holds rows in pairs.
+A tile of fetched rows is staged column block by column block, `pitch` sublanes apart; in bfloat16 the
+even rows come before the odd ones, because a register of 16-bit numbers holds rows in pairs.
 """
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,14 @@ HIGH = -65536  # the upper 16 bits of a word
 def sublanes(width, dtype):
   """Sublanes that a held row of `width` columns takes."""
   return width * jnp.dtype(dtype).itemsize // (4 * LANES)
+
+
+def pitch(rows):
+  """From one column block of staged rows to the next.
+
+  VMEM has 32 banks: eight sublanes at a distance that is a multiple of 8 take 2 to 8 accesses.
+  """
+  return rows + 1
 
 
 def word(dtype):
@@ -68,15 +76,18 @@ def _hold_piece(piece, held, first):
       held[pl.ds(start + n + b, PIECE // 2, stride=2 * n)] = upper(low, high)
 
 
-def fetch(held, staged, index, first, rows, width, dtype):
-  """Stages rows index[first], ..., index[first + rows - 1] of the held array."""
+def fetch(held, staged, place, first, rows, width, dtype, span=None):
+  """Stages the held rows that begin at sublanes place[first], ..., place[first + rows - 1].
+
+  With a static `span`, only these of the tile's rows.
+  """
   n = sublanes(width, dtype)
   halves = 2 if jnp.dtype(dtype).itemsize == 2 else 1
-  stride = rows // halves
-  for r in range(rows):
-    start = pl.multiple_of(index[first + r] * n, n)
-    place = r // halves + r % halves * n * stride
-    staged[pl.ds(place, n, stride=stride)] = held[pl.ds(start, n)]
+  stride = pitch(rows // halves)
+  place = place.at[pl.ds(first, rows)]
+  for r in range(*span or (0, rows)):
+    to = r // halves + r % halves * n * stride
+    staged[pl.ds(to, n, stride=stride)] = held[pl.ds(pl.multiple_of(place[r], n), n)]
 
 
 def unstage(staged, tile, height):
@@ -85,30 +96,29 @@ def unstage(staged, tile, height):
   n = sublanes(D, tile.dtype)
   for b in range(n):
     if tile.dtype == jnp.float32:
-      tile[:height, pl.ds(b * LANES, LANES)] = staged[pl.ds(b * rows, height)]
+      tile[:height, pl.ds(b * LANES, LANES)] = staged[pl.ds(b * pitch(rows), height)]
     else:
-      even = staged[pl.ds(b * rows // 2, height // 2)]
-      odd = staged[pl.ds((n + b) * rows // 2, height // 2)]
+      even = staged[pl.ds(b * pitch(rows // 2), height // 2)]
+      odd = staged[pl.ds((n + b) * pitch(rows // 2), height // 2)]
       tile[:height, pl.ds(b * LANES, LANES)] = pltpu.bitcast(lower(even, odd), tile.dtype)
       tile[:height, pl.ds(D // 2 + b * LANES, LANES)] = pltpu.bitcast(upper(even, odd), tile.dtype)
 
 
-def add(total, staged, base, rows, index, weight, first, live, span):
-  """total[index] += weight * staged row, for rows `span` (static) of a tile staged in float32.
+def add(total, staged, rows, place, first, span):
+  """Adds rows `span` (static) of `rows` that are staged in float32 to those of `total`.
 
-  `first` is the place of the tile's row 0 in `index` and `weight`; rows from `live` on go to the
-  last row of `total`. Rows of one tile must have different indices, apart from those that go there.
+  Row r goes to the sublanes from place[first + r]; those of eight rows in turn must differ, unless
+  nobody reads what is there.
   """
-  n = staged.shape[0] // 2 // rows
-  last = total.shape[0] // n - 1
+  n = staged.shape[0] // pitch(rows)
+  place = place.at[pl.ds(first, rows)]
   for group in range(*span, 8):
     sums = []
     for r in range(group, group + 8):
-      to = jnp.where(r < live, index[first + r], last)
-      place = pl.ds(pl.multiple_of(to * n, n), n)
-      sums.append((place, total[place] + weight[first + r] * staged[pl.ds(base + r, n, stride=rows)]))
-    for place, value in sums:
-      total[place] = value
+      at = pl.ds(pl.multiple_of(place[r], n), n)
+      sums.append((at, total[at] + staged[pl.ds(r, n, stride=pitch(rows))]))
+    for at, value in sums:
+      total[at] = value
 
 
 def release(total, out_hbm, columns, buffer, semaphore):
@@ -132,18 +142,3 @@ def release(total, out_hbm, columns, buffer, semaphore):
   jax.lax.fori_loop(0, M // PIECE, turn, 0)
   for i in range(max(M // PIECE - 2, 0), M // PIECE):
     copy(i).wait()
-
-
-def copy_pieces(pairs, semaphore, rows, most, act, least):
-  """Starts or waits for copies of `rows` rows, a multiple of `least` and at most `most`.
-
-  `pairs(offset, size)` yields (source, target) of `size` rows from `offset`; sizes are powers of two
-  times `least`, one for each bit of `rows`.
-  """
-  size = least
-  while size <= most:
-    @pl.when(rows & size != 0)
-    def _(size=size):
-      for source, target in pairs(pl.multiple_of(rows & -2 * size, least), size):
-        getattr(pltpu.make_async_copy(source, target, semaphore), act)()
-    size *= 2

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3_jax.kernels import experts, grouped_matmul as kernel
+from qwen3_jax.kernels import experts, grouped_matmul as kernel, target
 from qwen3_jax.kernels import rows as rows_of
 
 FLAGS = {'v6e:2x2': '--xla_tpu_scoped_vmem_limit_kib=98304',
@@ -61,7 +61,7 @@ def forward(M=8192, X=8, E=128, D=2048, F=768, kind='balanced', save=False, dtyp
 def models(M, X, D, F, count_E, sizes, save, size):
   E, live = len(count_E), int((-(-count_E // kernel.ALIGN) * kernel.ALIGN).sum())
   used, result = int((count_E > 0).sum()), {}
-  hidden, pieces = live * F * size, M // rows_of.PIECE
+  hidden, pieces = live * F * size, M // rows_of.PIECE * target.cores()
   for name, heights, splits, flops, hbm in (
       ('experts_gate_up', sizes.gate_heights, sizes.gate_splits, 4 * M * X * D * F,
        used * 2 * D * F * size + sizes.gate_splits * M * D * size + hidden * (3 if save else 1)),
@@ -71,6 +71,6 @@ def models(M, X, D, F, count_E, sizes, save, size):
     steps = splits * E
     result[name] = dict(
         steps=steps, executed=[splits * n for n in uses], init=splits, final=splits,
-        trips={1: pieces, 2: tiles / E, 3: pieces} if name == 'experts_down' else
+        trips={3: tiles / E, 4: 0, 5: pieces} if name == 'experts_down' else
         {1: pieces, 2: tiles / E}, flops=flops, hbm_bytes=hbm)
   return result
