@@ -11,6 +11,7 @@ VMEM whole. Where they do not, it does everything but dx, a part of F at a time,
 does dx. An expert's gradients stay in VMEM in float32 over all its rows: HBM sees them once.
 """
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -18,29 +19,53 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen3_jax.kernels import rows, target
+from qwen3_jax.kernels import blocks as table
+from qwen3_jax.kernels import target
 
 ALIGN = 64  # rows; every expert's group begins and ends at a multiple
 SPARE = 4 << 20  # bytes of VMEM left to the compiler
+LANES = 128
 NT = (((1,), (1,)), ((), ()))  # a b^T
 NN = (((1,), (0,)), ((), ()))  # a b
 
 
 class Blocks(NamedTuple):
-  heights: tuple  # row counts that have code of their own, ascending; the last is a tile's
+  rows: int  # of a full tile; the last tile of an expert may have as many as the last height
+  heights: tuple  # row counts that have code of their own, ascending
   columns: int  # of D in one turn of the inner loop
   hidden: int  # of F in one piece of the elementwise part
   splits: int  # parts of F; 1: dx in the same pass
   inputs: int  # parts of D in the pass for dx
 
 
+def backward(residuals, dy_MD, *, blocks=None, interpret=None):
+  """(dx_MD, dgate_MX, dgate_EDF, dup_EDF, ddown_EFD) from the forward pass's residuals.
+
+  These are x_MD, gate_MX, the plan's slot_P, row_MX and count_E for groups of whole ALIGN rows, the
+  three weights, and g_PF and u_PF, which may be anything after the last group.
+  """
+  x_MD, gate_MX, slot_P, row_MX, count_E, *weights, g_PF, u_PF = residuals
+  fill = dict(axis=0, mode='fill', fill_value=0)
+  token_P = slot_P // gate_MX.shape[1]
+  weight_P = jnp.take(gate_MX.reshape(-1).astype(jnp.float32), slot_P, **fill)
+  dx_PD, dweight_P, *dweights = rows_gradient(
+      jnp.take(x_MD, token_P, **fill), jnp.take(dy_MD, token_P, **fill), g_PF, u_PF, weight_P,
+      count_E, *weights, blocks=blocks, interpret=interpret)
+  dx_MD = dx_PD[row_MX].astype(jnp.float32).sum(1).astype(x_MD.dtype)
+  return dx_MD, dweight_P[row_MX].astype(gate_MX.dtype), *dweights
+
+
 def rows_gradient(x_PD, dy_PD, g_PF, u_PF, weight_P, count_E, gate_EDF, up_EDF, down_EFD, *,
-                  blocks, interpret=False):
+                  blocks=None, interpret=None):
   """(dx_PD, dweight_P float32, dgate_EDF, dup_EDF, ddown_EFD) of rows sorted by expert.
 
-  Expert e has the rows from sum_{i<e} ceil(count_i / 64) * 64; rows after the last group are not
-  read (g, u) or are finite (x, dy), and dx there is undefined.
+  Expert e has the rows from sum_{i<e} ceil(count_i / ALIGN) * ALIGN; after the last group x and dy
+  are finite, g and u anything, and dx and dweight undefined. ValueError where VMEM is too small.
   """
+  (P, D), (E, F, _) = x_PD.shape, down_EFD.shape
+  interpret = target.platform() != 'tpu' if interpret is None else interpret
+  blocks = choose(P, D, F, E, x_PD.dtype) if blocks is None else blocks
+  check(P, D, F, x_PD.dtype, blocks)
   rows_E = -(-count_E // ALIGN) * ALIGN
   scalars = (rows_E, _following(rows_E), jnp.cumsum(rows_E) - rows_E)
   scalars = tuple(s.astype(jnp.int32) for s in scalars)
@@ -49,6 +74,51 @@ def rows_gradient(x_PD, dy_PD, g_PF, u_PF, weight_P, count_E, gate_EDF, up_EDF, 
   if blocks.splits > 1:
     dx_PD = _inputs_gradient(scalars, dg_PF, du_PF, gate_EDF, up_EDF, blocks, interpret)
   return dx_PD, dweight_P, *weights
+
+
+def choose(P, D, F, E, dtype):
+  """Blocks from the table, with as few parts as this chip has cores and VMEM allow; ValueError."""
+  known = table.choose('grouped_gradient', P=P, D=D, F=F, E=E, dtype=jnp.dtype(dtype).name)
+  known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+  rows = min(512, P, max(128, (P // E - ALIGN) // 128 * 128))
+  blocks = Blocks(rows, tuple(sorted({min(128, rows), rows, rows + ALIGN})), math.gcd(D, 512),
+                  math.gcd(F // target.cores(), 256), target.cores(), target.cores())
+  blocks = blocks._replace(**known)
+  for name, kernel in (('splits', 'experts_backward'), ('inputs', 'experts_backward_inputs')):
+    while needs(D, F, dtype, blocks)[kernel] > room() and getattr(blocks, name) < 16:
+      blocks = blocks._replace(**{name: 2 * getattr(blocks, name)})
+  part = F // blocks.splits
+  return blocks if part % blocks.hidden == 0 else blocks._replace(hidden=math.gcd(part, 256))
+
+
+def room():
+  return target.vmem() - SPARE
+
+
+def needs(D, F, dtype, blocks):
+  """Bytes of VMEM that either kernel's arrays take: {'experts_backward': ..., ..._inputs: ...}."""
+  size, tile, part = jnp.dtype(dtype).itemsize, blocks.heights[-1], F // blocks.splits
+  whole = blocks.splits == 1
+  weights = D * part * ((12 if whole else 8) * size + (12 if size < 4 else 0))
+  tiles = tile * size * (4 * D + 4 * part + (2 * D + 3 * part if whole else 5 * part))
+  inputs = size * (4 * D // blocks.inputs * F + tile * (4 * F + 2 * D // blocks.inputs))
+  return {'experts_backward': weights + tiles + 4 * tile * LANES * 4,
+          'experts_backward_inputs': 0 if whole else inputs}
+
+
+def check(P, D, F, dtype, blocks):
+  """Raises ValueError where blocks do not divide the shapes or VMEM does not hold them."""
+  part = F // blocks.splits
+  if (F % blocks.splits or part % blocks.hidden or D % blocks.columns or D % blocks.inputs
+      or P < blocks.rows or any(n % ALIGN for n in (P, blocks.rows, *blocks.heights))):
+    raise ValueError(f'{blocks} do not fit {P} rows, D={D}, F={F}: splits times hidden must divide '
+                     f'F, columns and inputs D, and rows be multiples of {ALIGN}, at most {P}')
+  for name, need in needs(D, F, dtype, blocks).items():
+    if need > room():
+      raise ValueError(
+          f'{name} needs {need / 2**20:.1f} MiB of VMEM and {SPARE >> 20} to spare for D={D}, F={F}, '
+          f'this chip has {target.vmem() / 2**20:.0f}: take more splits than {blocks.splits} and '
+          f'inputs than {blocks.inputs}, or fewer rows than {blocks.heights[-1]}')
 
 
 def _following(rows_E):
@@ -64,7 +134,29 @@ def _dot(a, b, dims):
   return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _visit_tiles(rows_E, after_E, start_E, state, tile, load, store, visit, least=0):
+def _copy(pairs, semaphore, live, most, act):
+  """Starts or waits for copies of `live` rows: whole pieces of `most`, then ALIGN rows at a time.
+
+  `pairs(offset, size)` yields (source, target) of `size` rows from `offset`.
+  """
+  def copy(offset, size):
+    for source, to in pairs(pl.multiple_of(offset, ALIGN), size):
+      getattr(pltpu.make_async_copy(source, to, semaphore), act)()
+
+  def piece(i, _):
+    copy(whole + i * ALIGN, ALIGN)
+    return 0
+  whole = jnp.where(live >= most, most, 0)
+  pl.when(live >= most)(lambda: copy(0, most))
+  jax.lax.fori_loop(0, (live - whole) // ALIGN, piece, 0)
+
+
+def _take(left, blocks):
+  """Rows of the next tile of `left`: all where a tile has room, else the rows of a full one."""
+  return jnp.where(left <= blocks.heights[-1], left, blocks.rows)
+
+
+def _visit_tiles(rows_E, after_E, start_E, state, blocks, load, store, visit, least=0):
   """Runs visit(tile's number, slot, rows) on the tiles of this grid step's expert, copying round it.
 
   An expert without rows has `least` tiles, of 0 rows.
@@ -77,13 +169,13 @@ def _visit_tiles(rows_E, after_E, start_E, state, tile, load, store, visit, leas
   def _():
     for i in range(3):
       state[i] = 0
-    load(0, jnp.minimum(after_E[0], tile), 0, 'start')
+    load(0, _take(after_E[0], blocks), 0, 'start')
 
   def step(t, _):
-    slot, left = state[0] & 1, total - t * tile
-    here, n = start + t * tile, jnp.minimum(left, tile)
-    following = jnp.where(left > tile, left - tile, jnp.where(total > 0, after_E[e + 1], 0))
-    load(here + n, jnp.minimum(following, tile), 1 - slot, 'start')
+    slot, left = state[0] & 1, total - t * blocks.rows
+    here, n = start + t * blocks.rows, _take(left, blocks)
+    following = jnp.where(left > n, left - n, jnp.where(total > 0, after_E[e + 1], 0))
+    load(here + n, _take(following, blocks), 1 - slot, 'start')
     load(here, n, slot, 'wait')
     store(0, state[1 + slot], slot, 'wait')
     visit(t, slot, n)
@@ -92,7 +184,9 @@ def _visit_tiles(rows_E, after_E, start_E, state, tile, load, store, visit, leas
     state[0] += jnp.where(total > 0, 1, 0)
     return 0
 
-  jax.lax.fori_loop(0, jnp.maximum(pl.cdiv(total, tile), least), step, 0)
+  beyond = total - (blocks.heights[-1] - blocks.rows)  # what the last tile has more than others
+  tiles = jnp.maximum(pl.cdiv(beyond, blocks.rows), jnp.where(total > 0, 1, least))
+  jax.lax.fori_loop(0, tiles, step, 0)
 
   @pl.when(e == pl.num_programs(1) - 1)
   def _():
@@ -161,7 +255,7 @@ def _weights_kernel(*refs, blocks, whole, own_sums):
       for i, (source, to) in enumerate(zip(rows_hbm, in_buf)):
         yield (source.at[at, lane] if i in (2, 3) else source.at[at],
                to.at[slot, pl.ds(offset, size)])
-    rows.copy_pieces(pairs, in_sem.at[slot], live, min(tile, rows_hbm[0].shape[0]), act, ALIGN)
+    _copy(pairs, in_sem.at[slot], live, blocks.rows, act)
 
   def store(start, live, slot, act):
     def pairs(offset, size):
@@ -169,7 +263,7 @@ def _weights_kernel(*refs, blocks, whole, own_sums):
       for i, (source, to) in enumerate(zip(out_buf, out_hbm)):
         to = to.at[part, at] if i == 0 else to.at[at] if whole else to.at[at, lane]
         yield source.at[slot, pl.ds(offset, size)], to
-    rows.copy_pieces(pairs, out_sem.at[slot], live, min(tile, rows_hbm[0].shape[0]), act, ALIGN)
+    _copy(pairs, out_sem.at[slot], live, blocks.rows, act)
 
   def visit(t, slot, n):
     x_ref, dy_ref, g_ref, u_ref, weight_ref = (b.at[slot] for b in in_buf)
@@ -191,7 +285,7 @@ def _weights_kernel(*refs, blocks, whole, own_sums):
         _accumulate(sums[2], grads[2], (slice(None), at),
                     _dot(hidden_ref[:, :h], dy_ref[:h, at], NN), t == 0)
         return 0
-      jax.lax.fori_loop(0, x_ref.shape[1] // columns, turn, 0)
+      jax.lax.fori_loop(0, x_ref.shape[1] // columns, turn, 0, unroll=columns == x_ref.shape[1])
     _by_height(blocks.heights, n, run)
 
   def clear(i, _):
@@ -200,7 +294,7 @@ def _weights_kernel(*refs, blocks, whole, own_sums):
       ref[:, at] = jnp.zeros((2, ALIGN, ref.shape[2]), ref.dtype)
     return 0
   jax.lax.fori_loop(0, jnp.where(pl.program_id(1) == 0, tile // ALIGN, 0), clear, 0)
-  _visit_tiles(*scalars, state, tile, load, store, visit, least=1)  # 0 rows: zero gradients
+  _visit_tiles(*scalars, state, blocks, load, store, visit, least=1)  # 0 rows: zero gradients
 
 
 def _weights_gradient(scalars, x_PD, dy_PD, g_PF, u_PF, weight_P, gate_EDF, up_EDF, down_EFD,
@@ -241,7 +335,8 @@ def _weights_gradient(scalars, x_PD, dy_PD, g_PF, u_PF, weight_P, gate_EDF, up_E
 def _inputs_kernel(rows_E, after_E, start_E, dg_hbm, du_hbm, gate_ref, up_ref, dx_hbm, dg_buf, du_buf,
                    dx_buf, state, in_sem, out_sem, *, blocks):
   """dx of one expert (grid axis 1) and one part of D (axis 0)."""
-  tile, columns, part = blocks.heights[-1], blocks.columns, gate_ref.shape[0]
+  tile, part = blocks.heights[-1], gate_ref.shape[0]
+  columns = min(blocks.columns, part)
   lane = pl.ds(pl.multiple_of(pl.program_id(0) * part, part), part)
 
   def load(start, live, slot, act):
@@ -249,13 +344,13 @@ def _inputs_kernel(rows_E, after_E, start_E, dg_hbm, du_hbm, gate_ref, up_ref, d
       at = pl.ds(pl.multiple_of(start + offset, ALIGN), size)
       for source, to in ((dg_hbm, dg_buf), (du_hbm, du_buf)):
         yield source.at[at], to.at[slot, pl.ds(offset, size)]
-    rows.copy_pieces(pairs, in_sem.at[slot], live, min(tile, dg_hbm.shape[0]), act, ALIGN)
+    _copy(pairs, in_sem.at[slot], live, blocks.rows, act)
 
   def store(start, live, slot, act):
     def pairs(offset, size):
       at = pl.ds(pl.multiple_of(start + offset, ALIGN), size)
       yield dx_buf.at[slot, pl.ds(offset, size)], dx_hbm.at[at, lane]
-    rows.copy_pieces(pairs, out_sem.at[slot], live, min(tile, dg_hbm.shape[0]), act, ALIGN)
+    _copy(pairs, out_sem.at[slot], live, blocks.rows, act)
 
   def visit(t, slot, n):
     def run(h):
@@ -265,7 +360,7 @@ def _inputs_kernel(rows_E, after_E, start_E, dg_hbm, du_hbm, gate_ref, up_ref, d
         dx_buf[slot, :h, at] = dx.astype(dx_buf.dtype)
     _by_height(blocks.heights, n, run)
 
-  _visit_tiles(rows_E, after_E, start_E, state, tile, load, store, visit)
+  _visit_tiles(rows_E, after_E, start_E, state, blocks, load, store, visit)
 
 
 def _inputs_gradient(scalars, dg_PF, du_PF, gate_EDF, up_EDF, blocks, interpret):
