@@ -1,20 +1,20 @@
 """Causal grouped-query attention on a TPU, forward: output and log-sum-exp of one device's tokens.
 
 Scores are made transposed, keys x queries, and so is the output until it is written: maxima and
-sums over keys are then sums of registers, no lane is crossed, and a 256-wide matrix unit is filled
-by the weights where head_dim 128 would leave half of it empty. One step of the grid has some
-hundred queries of the heads that share a key head side by side as columns; all keys of that head
-stay in VMEM; a loop visits the units of keys that `flash_blocks.extents` names. An iteration takes
-the exponentials of one unit while the matrix unit makes the scores of the next, across the ends of
-query blocks too: step i of the grid writes block i - 1 and makes block i's first scores.
+sums over keys are then those of registers, no lane is crossed, and probabilities fill a 256-wide
+matrix unit that a head width of 128 leaves half empty. The columns of one step of the grid are some
+queries of all heads that share a key head. All keys of that head stay in VMEM; a loop visits the
+units of them that `flash_blocks.extents` names, several at once where none needs a mask. While the
+exponentials of a unit are taken, the matrix unit makes the scores of the next, also of the next
+step's first: step i ends block i - 1 of the queries, and writes block i - 2.
 
-Where queries and keys are normalised, |score| has a bound that the caller knows. As long as two to
-that power is a float32, softmax needs no running maximum (`LIMIT`); else the exact form runs.
+Where queries and keys are normalised, |score| has a bound that the caller knows. As long as e to
+that power is a moderate float32, softmax needs no running maximum; otherwise the exact form runs.
 Meaning: `reference.partial_attention`.
 """
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,241 +23,348 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.kernels import blocks as table
 from qwen3_jax.kernels import flash_blocks, target
-from qwen3_jax.kernels.flash_blocks import MASKED
+from qwen3_jax.kernels.flash_blocks import MASKED, MIB
 
-LOWEST = -1e29  # least running maximum: exp2(MASKED - LOWEST) is 0 also where all was masked so far
 LIMIT = 55.0  # |score| up to which exp needs no maximum: sums of 2^79 x 2^17 keys x values to 2^30
+LOWEST = -1e29  # least running maximum: exp2(MASKED - LOWEST) is 0 also where all was masked so far
+HIGHEST = 3e38  # above every score
+NEVER = -(1 << 31) + 1  # no distance of slots
 LOG2E = math.log2(math.e)
+SPARE = 6 * MIB  # VMEM for what the compiler spills
 
 
 class Blocks(NamedTuple):
-  """Query slots, keys of a unit and query heads of one step; columns of one softmax; keys kept."""
-  queries: int
-  keys: int
-  units: int  # visited at once where none needs a mask
-  heads: int
-  columns: int
+  """Sizes of one step, and what bounds it."""
+  queries: int  # slots
+  keys: int  # of a unit
+  units: int  # at most visited at once
+  heads: int  # of queries
+  columns: int  # of queries x heads, for which scores and output are made at once
   resident: int  # keys of a head that stay in VMEM; more are visited in turns that are merged
-
-
-def choose(N, K, H, S, dtype):
-  """`Blocks` for some lengths: from the table, else about a thousand columns of few slots."""
-  G = N // K
-  heads = max(d for d in range(1, min(G, 5) + 1) if G % d == 0)
-  queries = 1 << (1280 // heads).bit_length() - 1
-  resident = 32768 * 2 // jnp.dtype(dtype).itemsize
-  default = dict(queries=min(queries, 1024), keys=256, units=4, heads=heads, columns=256, resident=resident)
-  found = table.choose('flash_forward', N=N, K=K, H=H, S=S, dtype=jnp.dtype(dtype).name)
-  return Blocks(**default | found)
 
 
 class Plan(NamedTuple):
   """What the kernel's code is made for."""
   queries: int
   keys: int
-  units: int
+  widths: tuple[int, ...]  # numbers of units visited at once, powers of two, falling
   heads: int
   columns: int
   query_blocks: int
   key_blocks: int
-  width: int
+  width: int  # of a head
   window: int | None
   running: bool  # maxima are kept
   precision: jax.lax.Precision | None
 
 
-def _scores(plan, k_ref, q_scr, unit, columns):
+class Scalars(NamedTuple):
+  """Prefetched to SMEM: by row and block `flash_blocks.Extents`, slots, segments where only one."""
+  low: Any
+  high: Any
+  open: Any
+  shut: Any
+  q_slot: Any
+  k_slot: Any
+  q_segment: Any
+  k_segment: Any
+
+
+class Kept(NamedTuple):
+  """What stays in VMEM from step to step; C columns, S keys of U units."""
+  q_CH: Any  # in powers of two
+  v_UHS: Any
+  s_SC: Any  # scores of the next unit to visit
+  ceiling_ST: Any
+  o_HC: Any
+  l_8C: Any  # sums, of every eighth key
+  done_HC: Any  # o, l, m of the block before, to be written
+  done_8C: Any
+  m_8C: Any = None
+  top_8C: Any = None
+
+
+def choose(N, K, H, T, S, dtype):
+  """`Blocks` for stretches of T queries and S keys: the table's, else about a thousand columns."""
+  heads = max(d for d in range(1, 6) if N // K % d == 0)
+  queries = 1 << (1280 // heads).bit_length() - 1
+  keys = 256
+  while queries > 128 and queries // 2 >= T:
+    queries //= 2
+  while keys > 128 and keys // 2 >= S:
+    keys //= 2
+  size = jnp.dtype(dtype).itemsize
+  resident = (target.vmem() - 20 * MIB) // (5 * max(H, 128) * size)  # twice k and v, v turned
+  default = dict(queries=queries, keys=keys, units=8, heads=heads, columns=256,
+                 resident=1 << resident.bit_length() - 1)
+  found = table.choose('flash_forward', N=N, K=K, H=H, T=T, S=S, dtype=jnp.dtype(dtype).name)
+  return Blocks(**default | found)
+
+
+def _make_scores(plan, k_ref, kept, unit, columns):
   """Scores of a unit's keys and some queries, (keys, columns) float32, in powers of two."""
   k_SH = k_ref[0, 0, pl.ds(pl.multiple_of(unit * plan.keys, plan.keys), plan.keys), :]
-  return jax.lax.dot_general(k_SH, q_scr[columns, :], (((1,), (1,)), ((), ())),
+  return jax.lax.dot_general(k_SH, kept.q_CH[columns, :], (((1,), (1,)), ((), ())),
                              precision=plan.precision, preferred_element_type=jnp.float32)
 
 
-def _seen(plan, ahead, q_segment_ref, k_segment_ref, unit):
-  """(keys, queries) bool; the block's first query is `ahead` slots after the unit's first key."""
+def _make_ceiling(plan, ahead, q_segment_ref, k_segment_ref, unit, ceiling_ST):
+  """Scores' upper limits, (keys, queries): `MASKED` where a query does not see a key.
+
+  The block's first query is `ahead` slots after the unit's first key.
+  """
   shape = plan.keys, plan.queries
   k_segment = jnp.broadcast_to(k_segment_ref[0, pl.ds(unit, 1), :], (128, plan.keys)).T
   k_segment = jnp.concatenate([k_segment] * (plan.queries // 128), axis=1)
   behind = (jax.lax.broadcasted_iota(jnp.int32, shape, 0)
             - jax.lax.broadcasted_iota(jnp.int32, shape, 1))
   seen = (k_segment == q_segment_ref[0]) & (behind <= ahead)
-  return seen if plan.window is None else seen & (behind > ahead - plan.window)
+  if plan.window is not None:
+    seen &= behind > ahead - plan.window
+  ceiling_ST[...] = jnp.where(seen, HIGHEST, MASKED)
 
 
-def _visit(plan, unit, following, seen, k_ref, q_scr, vt_scr, s_scr, acc_scr, l_scr, m_scr, to=None):
-  """Adds a unit to sums and output from its scores, which those of `following` replace."""
+def _visit(plan, k_ref, kept, unit, following, limited, ends=False):
+  """Adds a unit to sums and output by its scores, which those of unit `following` replace.
+
+  With `limited`, scores are at most the ceiling. If it `ends` the block, what is complete goes to
+  `done` and begins anew.
+  """
   for start in range(0, plan.heads * plan.queries, plan.columns):
     columns = pl.ds(start, plan.columns)
-    s = s_scr[:, columns]
-    s_scr[:, columns] = _scores(plan, k_ref, q_scr, following, columns)
-    at = start % plan.queries
-    mask = None if seen is None else seen[:, at:at + plan.columns]
-    acc, l = acc_scr[:, columns], l_scr[:, columns]
+    s = kept.s_SC[:, columns]
+    kept.s_SC[:, columns] = _make_scores(plan, k_ref, kept, following, columns)
+    if limited:
+      s = jnp.minimum(s, kept.ceiling_ST[:, pl.ds(start % plan.queries, plan.columns)])
+    o, l = kept.o_HC[:, columns], kept.l_8C[:, columns]
     if plan.running:
-      if mask is not None:
-        s = jnp.where(mask, s, MASKED)
-      m_old = m_scr[:1, columns]
+      m_old = kept.m_8C[:1, columns]
       m = jnp.maximum(m_old, jnp.max(s, axis=0, keepdims=True))
-      m_scr[:1, columns] = m
+      (kept.top_8C if ends else kept.m_8C)[:1, columns] = m
       p, keep = jnp.exp2(s - m), jnp.exp2(m_old - m)
-      acc, l = acc * keep, l * keep
+      o, l = o * keep, l * keep
     else:
       p = jnp.exp2(s)
-      if mask is not None:
-        p = jnp.where(mask, p, 0)
     l = l + p.reshape(plan.keys // 8, 8, plan.columns).sum(0)
-    acc = acc + jnp.dot(vt_scr[unit], p.astype(vt_scr.dtype), precision=plan.precision,
-                        preferred_element_type=jnp.float32)
-    if to is None:
-      acc_scr[:, columns], l_scr[:, columns] = acc, l
-    else:
-      to[0][:, columns], to[1][:, columns] = acc, l
-      if plan.running:
-        to[2][:1, columns], m_scr[:1, columns] = m, jnp.full_like(m, LOWEST)
-      acc_scr[:, columns], l_scr[:, columns] = jnp.zeros_like(acc), jnp.zeros_like(l)
+    o = o + jnp.dot(kept.v_UHS[unit], p.astype(kept.v_UHS.dtype), precision=plan.precision,
+                    preferred_element_type=jnp.float32)
+    (kept.done_HC if ends else kept.o_HC)[:, columns] = o
+    (kept.done_8C if ends else kept.l_8C)[:, columns] = l
+  if ends:
+    _begin(plan, kept)
 
 
-def _write(plan, o_ref, lse_ref, acc_scr, l_scr, m_scr=None):
-  """Writes a block of queries from its sums."""
-  l = l_scr[...].sum(0, keepdims=True)
+def _begin(plan, kept):
+  kept.o_HC[...] = jnp.zeros_like(kept.o_HC)
+  kept.l_8C[...] = jnp.zeros_like(kept.l_8C)
+  if plan.running:
+    kept.m_8C[...] = jnp.full_like(kept.m_8C, LOWEST)
+
+
+def _write(plan, o_ref, lse_ref, kept):
+  """Writes the block of queries that is done."""
+  l = kept.done_8C[...].sum(0, keepdims=True)
   some = jnp.where(l > 0, l, 1)
-  o_HC = (acc_scr[...] / some).astype(o_ref.dtype)
-  o_ref[0] = o_HC.T.reshape(plan.heads, plan.queries, plan.width)
-  lse = jnp.log2(some) + (m_scr[:1] if plan.running else 0)
+  o_HC = (kept.done_HC[...] * (1 / some)).astype(o_ref.dtype)
+  lse = jnp.log2(some) + (kept.top_8C[:1] if plan.running else 0)
   lse = jnp.where(l > 0, lse / LOG2E, MASKED)
   for head in range(plan.heads):
-    lse_ref[0, 0, head:head + 1, :] = lse[:, head * plan.queries:(head + 1) * plan.queries]
+    columns = slice(head * plan.queries, (head + 1) * plan.queries)
+    o_ref[0, 0, :, head * plan.width:(head + 1) * plan.width] = o_HC[:, columns].T
+    lse_ref[0, 0, head:head + 1, :] = lse[:, columns]
 
 
-def _kernel(plan, low_ref, high_ref, open_ref, shut_ref, q_slot_ref, k_slot_ref, q_segment_ref,
-            k_segment_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, q_scr, vt_scr, s_scr, acc_scr,
-            l_scr, done_acc, done_l, m_scr=None, done_m=None):
-  step = pl.program_id(3)
+def _read(plan, q_ref, kept):
+  """Keeps the queries of a block by head, with the scale and the logarithm's base in them."""
+  for head in range(plan.heads):
+    q_TH = q_ref[0, 0, :, head * plan.width:(head + 1) * plan.width].astype(jnp.float32)
+    rows = slice(head * plan.queries, (head + 1) * plan.queries)
+    kept.q_CH[rows, :] = (q_TH * (plan.width ** -0.5 * LOG2E)).astype(kept.q_CH.dtype)
+
+
+def _turn_values(plan, v_ref, kept):
+  """Keeps the values of a key head transposed."""
+  def turn(unit, _):
+    start = pl.multiple_of(unit * plan.keys, plan.keys)
+    kept.v_UHS[unit] = v_ref[0, 0, pl.ds(start, plan.keys), :].T
+  jax.lax.fori_loop(0, plan.key_blocks, turn, None)
+
+
+def _visit_run(plan, visit, limit, low, first, shut, last):
+  """Visits units `low` to `last` - 1, of which `first` to `shut` - 1 need no mask."""
+  def some(unit):
+    left = jnp.where(unit >= first, jnp.minimum(shut, last) - unit, 0)
+    visited = jnp.int32(1)
+    for width in plan.widths:
+      fits = left >= width if width == plan.widths[0] else (left >= width) & (left < 2 * width)
+      visited = jnp.where(fits, width, visited)
+
+      @pl.when(fits)
+      def _(width=width):
+        for u in range(width):
+          visit(unit + u, unit + u + 1, False)
+
+    @pl.when(left <= 0)
+    def _():
+      limit(unit)
+      visit(unit, unit + 1, True)
+    return unit + visited
+  jax.lax.while_loop(lambda unit: unit < last, some, low)
+
+
+def _kernel(plan, *refs):
+  scalars, refs = Scalars(*refs[:8]), refs[8:]
+  q_segment_ref, k_segment_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, held_ref, *kept = refs
+  kept = Kept(*kept)
+  row, step = pl.program_id(0), pl.program_id(3)
   block = jnp.clip(step - 1, 0, plan.query_blocks - 1)
-  following = jnp.minimum(step, plan.query_blocks - 1)
-  row = pl.program_id(0) * plan.query_blocks
-  state = k_ref, q_scr, vt_scr, s_scr, acc_scr, l_scr, m_scr
+  ends = row * plan.query_blocks + block
+  begins = row * plan.query_blocks + jnp.minimum(step, plan.query_blocks - 1)
+  visit = functools.partial(_visit, plan, k_ref, kept)
 
   @pl.when(step == 0)
   def _():
-    def turn(unit, _):
-      start = pl.multiple_of(unit * plan.keys, plan.keys)
-      vt_scr[unit] = v_ref[0, 0, pl.ds(start, plan.keys), :].T
-    jax.lax.fori_loop(0, plan.key_blocks, turn, None)
+    _turn_values(plan, v_ref, kept)
+    held_ref[0] = NEVER
 
-  def seen(unit):
-    ahead = q_slot_ref[block] - k_slot_ref[unit]
-    return _seen(plan, ahead, q_segment_ref, k_segment_ref, unit)
+  def limit(unit):
+    """Makes the ceiling, unless the one that is there is the same triangle."""
+    ahead = scalars.q_slot[block] - scalars.k_slot[unit]
+    k_segment = scalars.k_segment[row * plan.key_blocks + unit]
+    holds = jnp.where(scalars.q_segment[ends] == k_segment, ahead, NEVER)
 
-  low = low_ref[row + block]
+    @pl.when((holds == NEVER) | (holds != held_ref[0]))
+    def _():
+      _make_ceiling(plan, ahead, q_segment_ref, k_segment_ref, unit, kept.ceiling_ST)
+      held_ref[0] = holds
+
+  low = scalars.low[ends]
   idle = (step == 0) | (step > plan.query_blocks)
-  last = jnp.where(idle, low, jnp.maximum(high_ref[row + block] - 1, low))
-  first_open = jnp.minimum(open_ref[row + block], last)
-  shut = jnp.minimum(shut_ref[row + block], last)
-  many = (shut - first_open) // plan.units
-  before = first_open - low
-
-  def visit(turn, _):
-    unit = low + turn + (plan.units - 1) * jnp.clip(turn - before, 0, many)
-    whole = (unit >= first_open) & (unit < shut)
-    wide = (turn >= before) & (turn < before + many)
-
-    @pl.when(wide)
-    def _():
-      for u in range(plan.units):
-        _visit(plan, unit + u, unit + u + 1, None, *state)
-
-    @pl.when(whole & jnp.logical_not(wide))
-    def _():
-      _visit(plan, unit, unit + 1, None, *state)
-
-    @pl.when(jnp.logical_not(whole))
-    def _():
-      _visit(plan, unit, unit + 1, seen(unit), *state)
-  jax.lax.fori_loop(0, last - low - (plan.units - 1) * many, visit, None)
-  q = q_ref[0].reshape(plan.heads * plan.queries, plan.width).astype(jnp.float32)
-  q_scr[...] = (q * (plan.width ** -0.5 * LOG2E)).astype(q_scr.dtype)
-  done = [done_acc, done_l] + ([done_m] if plan.running else [])
-  _write(plan, o_ref, lse_ref, *done)
-  _visit(plan, last, low_ref[row + following], seen(last), *state, to=done)
+  last = jnp.where(idle, low, jnp.maximum(scalars.high[ends] - 1, low))
+  _visit_run(plan, visit, limit, low, scalars.open[ends], scalars.shut[ends], last)
+  limit(last)
+  _read(plan, q_ref, kept)
+  _write(plan, o_ref, lse_ref, kept)
+  visit(last, scalars.low[begins], True, ends=True)
 
 
-def _specs(plan, groups, S):
+def _fold(x_BTNH, heads):
+  """(array, block index of rows `t` and heads' group `n`): blocks (1, 1, rows, heads * H) of it.
+
+  Whole tiles of lanes are cut from (B, 1, T, N * H), which a projection makes and takes as it is.
+  """
+  B, T, N, H = x_BTNH.shape
+  if H % 128 == 0:
+    return x_BTNH.reshape(B, 1, T, N * H), lambda b, t, n: (b, 0, t, n)
+  x = x_BTNH.reshape(B, T, N // heads, heads * H).swapaxes(1, 2)
+  return x, lambda b, t, n: (b, n, t, 0)
+
+
+def _unfold(x, N, H):
+  """(B, T, N, H) of what `_fold` gave."""
+  B, _, T, _ = x.shape
+  return x.swapaxes(1, 2).reshape(B, T, N, H)
+
+
+def _specs(plan, groups, S, at_q, at_k):
   """Block specs of the inputs and of the outputs."""
   tq, tk, heads, H = plan.queries, plan.keys, plan.heads, plan.width
   last = plan.query_blocks - 1
-
-  def at_next(b, k, g, i, *_):
-    return b, k * groups + g, jnp.minimum(i, last), 0
-
-  def at_written(b, k, g, i, *_):
-    return b, k * groups + g, jnp.maximum(i - 2, 0), 0
-  keys = pl.BlockSpec((1, 1, S, H), lambda b, k, g, i, *_: (b, k, 0, 0))
+  keys = pl.BlockSpec((1, 1, S, H), lambda b, k, g, i, *_: at_k(b, 0, k))
   inputs = [
     pl.BlockSpec((1, 1, tq), lambda b, k, g, i, *_: (b, 0, jnp.clip(i - 1, 0, last))),
     pl.BlockSpec((1, S // tk, tk), lambda b, k, g, i, *_: (b, 0, 0)),
-    pl.BlockSpec((1, heads, tq, H), at_next), keys, keys]
+    pl.BlockSpec((1, 1, tq, heads * H),
+                 lambda b, k, g, i, *_: at_q(b, jnp.minimum(i, last), k * groups + g)), keys, keys]
   outputs = [
-    pl.BlockSpec((1, heads, tq, H), at_written),
+    pl.BlockSpec((1, 1, tq, heads * H),
+                 lambda b, k, g, i, *_: at_q(b, jnp.maximum(i - 2, 0), k * groups + g)),
     pl.BlockSpec((1, 1, heads, tq),
                  lambda b, k, g, i, *_: (b, k * groups + g, 0, jnp.maximum(i - 2, 0)))]
   return inputs, outputs
 
 
-def _scratch(plan, dtype):
-  """Shapes kept in VMEM beside the pipeline's buffers, by name."""
-  C, H, S = plan.heads * plan.queries, plan.width, plan.key_blocks * plan.keys
-  shapes = dict(scaled_queries=((C, H), dtype),
-                values_turned=((S // plan.keys, H, plan.keys), dtype),
-                scores=((plan.keys, C), jnp.float32), output=((H, C), jnp.float32),
-                sums=((8, C), jnp.float32), done=((H, C), jnp.float32),
-                done_sums=((8, C), jnp.float32))
-  maxima = dict(maxima=((8, C), jnp.float32), done_maxima=((8, C), jnp.float32))
-  return shapes | (maxima if plan.running else {})
+def _kept(plan, dtype):
+  """`Kept` of (shape, dtype)."""
+  C, H, f32 = plan.heads * plan.queries, plan.width, jnp.float32
+  m = ((8, C), f32) if plan.running else None
+  return Kept(((C, H), dtype), ((plan.key_blocks, H, plan.keys), dtype), ((plan.keys, C), f32),
+              ((plan.keys, plan.queries), f32), ((H, C), f32), ((8, C), f32), ((H, C), f32),
+              ((8, C), f32), m, m)
 
 
 def _require_vmem(plan, dtype, out_dtype):
-  """Bytes of VMEM to allow the compiler; raises ValueError where a core has fewer than needed."""
-  lanes, size = max(plan.width, 128), jnp.dtype(dtype).itemsize
-  S, C = plan.key_blocks * plan.keys, plan.heads * plan.queries
-  parts = dict(keys_values=4 * S * lanes * size, queries=2 * C * lanes * size,
-               written=2 * C * lanes * jnp.dtype(out_dtype).itemsize)
-  for name, (shape, kept) in _scratch(plan, dtype).items():
-    parts[name] = math.prod(shape[:-1]) * max(shape[-1], 128) * jnp.dtype(kept).itemsize
-  capacity = target.vmem() * 15 // 16
-  flash_blocks.require_vmem('flash_forward', parts, capacity - 4 * flash_blocks.MIB,
-                            'lower blocks.resident (keys kept) or blocks.queries')
-  return capacity
+  """Bytes of VMEM to allow the compiler; ValueError where a core has fewer than are needed."""
+  def size(shape, dtype):
+    return math.prod(shape[:-1]) * max(shape[-1], 128) * jnp.dtype(dtype).itemsize
+  C, H, S = plan.heads * plan.queries, plan.width, plan.key_blocks * plan.keys
+  parts = {'keys and values': 4 * size((S, H), dtype), 'queries': 2 * size((C, H), dtype),
+           'output': 2 * size((C, H), out_dtype), 'segments': 2 * 4 * (S + 8 * plan.queries)}
+  parts |= {name: size(*x) for name, x in _kept(plan, dtype)._asdict().items() if x}
+  flash_blocks.require_vmem('flash_forward', parts | {'spilled': SPARE}, target.vmem(),
+                            'lower resident (keys that stay) or queries of its blocks')
+  return target.vmem()
 
 
-def _call(plan, scalars, q_segment, k_segment, q_BNTH, k_BKSH, v_BKSH, out_dtype, interpret):
-  """(o_BNTH, lse_BNT) of padded inputs."""
-  B, N, T, H = q_BNTH.shape
-  K, S = k_BKSH.shape[1:3]
+def _call(plan, scalars, q_segment, k_segment, q_BTNH, k_BSKH, v_BSKH, out_dtype, interpret):
+  """(o_BTNH, lse_BNT) of whole blocks."""
+  B, T, N, H = q_BTNH.shape
+  S, K = k_BSKH.shape[1:3]
   groups = N // K // plan.heads
-  inputs, outputs = _specs(plan, groups, S)
+  q, at_q = _fold(q_BTNH, plan.heads)
+  (k, at_k), (v, _) = _fold(k_BSKH, 1), _fold(v_BSKH, 1)
+  inputs, outputs = _specs(plan, groups, S, at_q, at_k)
+  kept = [pltpu.VMEM(*x) for x in _kept(plan, q.dtype) if x]
   o, lse = pl.pallas_call(
     functools.partial(_kernel, plan),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars), grid=(B, K, groups, plan.query_blocks + 2),
-      in_specs=inputs, out_specs=outputs,
-      scratch_shapes=[pltpu.VMEM(*x) for x in _scratch(plan, q_BNTH.dtype).values()]),
-    out_shape=[jax.ShapeDtypeStruct(q_BNTH.shape, out_dtype),
+      in_specs=inputs, out_specs=outputs, scratch_shapes=[pltpu.SMEM((1,), jnp.int32), *kept]),
+    out_shape=[jax.ShapeDtypeStruct(q.shape, out_dtype),
                jax.ShapeDtypeStruct((B, N // plan.heads, plan.heads, T), jnp.float32)],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary'),
-      vmem_limit_bytes=_require_vmem(plan, q_BNTH.dtype, out_dtype)),
+      vmem_limit_bytes=_require_vmem(plan, q.dtype, out_dtype)),
     interpret=interpret, name='flash_forward' + ('_running' if plan.running else ''),
-  )(*scalars, q_segment, k_segment, q_BNTH, k_BKSH, v_BKSH)
-  return o, lse.reshape(B, N, T)
+  )(*scalars, q_segment, k_segment, q, k, v)
+  return _unfold(o, N, H), lse.reshape(B, N, T)
+
+
+def _run(blocks, window, bound, interpret, q_BTNH, q_segment_BT, q_start_X, k_BSKH, v_BSKH,
+         k_segment_BS, k_start_Y, out_dtype):
+  """`forward` over keys that VMEM holds, of whole units."""
+  B, T, N, H = q_BTNH.shape
+  S, K = k_BSKH.shape[1:3]
+  X, tq, tk = q_start_X.shape[0], blocks.queries, blocks.keys
+  q, q_segment = (flash_blocks.pad(x, X, tq) for x in (q_BTNH, q_segment_BT))
+  scalars = Scalars(
+    *flash_blocks.extents(*flash_blocks.pairs(
+      q_segment, k_segment_BS, q_start_X, k_start_Y, tq, tk, window)),
+    flash_blocks.slots(q_start_X, q.shape[1], tq), flash_blocks.slots(k_start_Y, S, tk),
+    flash_blocks.segments(q_segment, tq, -1), flash_blocks.segments(k_segment_BS, tk, -2))
+  widths = tuple(1 << n for n in reversed(range(blocks.units.bit_length())))
+  exact = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
+  plan = Plan(tq, tk, widths, math.gcd(blocks.heads, N // K), math.gcd(blocks.columns, tq),
+              q.shape[1] // tq, S // tk, H, window, True, exact)
+  args = [[x.reshape(-1) for x in scalars], jnp.where(q_segment > 0, q_segment, -1)[:, None],
+          k_segment_BS.reshape(B, S // tk, tk), q, k_BSKH, v_BSKH, out_dtype, interpret]
+
+  def call(running):
+    return _call(plan._replace(running=running), *args)
+  if bound is None:
+    o, lse = call(True)
+  else:
+    o, lse = jax.lax.cond(jnp.max(bound) <= LIMIT, lambda: call(False), lambda: call(True))
+  return flash_blocks.unpad(o, X, T), flash_blocks.unpad(lse, X, T, 2)
 
 
 def merge(one, other):
-  """(o_BTNH, lse_BNT) of the keys of both, from two (output, log-sum-exp) of different keys."""
+  """(output float32, log-sum-exp) over the keys of both, from two such pairs of different keys."""
   (o1, lse1), (o2, lse2) = one, other
-  lse = jnp.logaddexp(lse1, lse2)
-  lse = jnp.maximum(lse, MASKED)
-  weigh = lambda o, part: o.astype(jnp.float32) * jnp.exp(part - lse).swapaxes(1, 2)[..., None]
+  lse = jnp.maximum(jnp.logaddexp(lse1, lse2), MASKED)
+
+  def weigh(o_BTNH, lse_BNT):
+    return o_BTNH.astype(jnp.float32) * jnp.exp(lse_BNT - lse).swapaxes(1, 2)[..., None]
   return weigh(o1, lse1) + weigh(o2, lse2), lse
 
 
@@ -269,58 +376,30 @@ def forward(q_BTNH, k_BSKH, v_BSKH, q_segment_BT, k_segment_BS, q_start_X, k_sta
   a `window`, the slots are less than it apart. Slots: see `flash_blocks`. A query that sees nothing
   has output 0 and log-sum-exp `MASKED`. Scale H^-1/2. `bound` is at least every |score|, known from
   normalised queries and keys: up to `LIMIT` no maxima are taken; without one they are. `blocks` is
-  a dict that replaces sizes of `choose`. Raises ValueError if a core's VMEM is too small for them.
+  a dict that replaces some of `choose`. Raises ValueError if a core's VMEM is too small for them.
   """
-  N, H = q_BTNH.shape[2:]
-  S, K = k_BSKH.shape[1:3]
-  Y = k_start_Y.shape[0]
-  blocks = choose(N, K, H, S, q_BTNH.dtype)._replace(**blocks or {})
-  interpret = target.platform() != 'tpu' if interpret is None else interpret
-  k, v, k_segment = (flash_blocks.pad(x, Y, blocks.keys) for x in (k_BSKH, v_BSKH, k_segment_BS))
-  run = functools.partial(_run, blocks, window, bound, interpret, q_BTNH, q_segment_BT, q_start_X)
-  if k.shape[1] <= blocks.resident:
-    return run(k, v, k_segment, k_start_Y, q_BTNH.dtype)
-  each = k.shape[1] // Y
-  turns = -(-each // (blocks.resident // blocks.keys * blocks.keys))
-  size = -(-each // turns // blocks.keys) * blocks.keys
-  cut = lambda x: flash_blocks.pad(x, Y, size * turns).reshape(
-    x.shape[0], Y * turns, size, *x.shape[2:]).swapaxes(0, 1)
-  starts = k_start_Y[:, None] + size * jnp.arange(turns, dtype=jnp.int32)
-
-  def turn(merged, part):
-    *part, start = part
-    return merge(merged, run(*part, start, jnp.float32)), None
-  nothing = (jnp.zeros(q_BTNH.shape, jnp.float32),
-             jnp.full((q_BTNH.shape[0], N, q_BTNH.shape[1]), MASKED))
-  (o, lse), _ = jax.lax.scan(turn, nothing, (cut(k), cut(v), cut(k_segment), starts.reshape(-1, 1)))
-  return o.astype(q_BTNH.dtype), lse
-
-
-def _run(blocks, window, bound, interpret, q_BTNH, q_segment_BT, q_start_X, k_BSKH, v_BSKH,
-         k_segment_BS, k_start_Y, out_dtype):
-  """`forward` over keys that fit VMEM and are whole units."""
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
-  X = q_start_X.shape[0]
-  q, q_segment = (flash_blocks.pad(x, X, blocks.queries) for x in (q_BTNH, q_segment_BT))
-  n_q, n_k = q.shape[1] // blocks.queries, S // blocks.keys
-  extents = flash_blocks.extents(*flash_blocks.pairs(
-    q_segment, k_segment_BS, q_start_X, k_start_Y, blocks.queries, blocks.keys, window))
-  scalars = [x.reshape(-1) for x in extents] + [
-    flash_blocks.slots(q_start_X, q.shape[1], blocks.queries),
-    flash_blocks.slots(k_start_Y, S, blocks.keys)]
-  heads = math.gcd(blocks.heads, N // K)
-  exact = q_BTNH.dtype == jnp.float32
-  plan = Plan(blocks.queries, blocks.keys, blocks.units, heads, min(blocks.columns, blocks.queries),
-              n_q, n_k, H, window, True, jax.lax.Precision.HIGHEST if exact else None)
-  args = [scalars, jnp.where(q_segment > 0, q_segment, -1)[:, None],
-          k_segment_BS.reshape(B, n_k, blocks.keys),
-          *(x.swapaxes(1, 2) for x in (q, k_BSKH, v_BSKH)), out_dtype, interpret]
+  X, Y = q_start_X.shape[0], k_start_Y.shape[0]
+  blocks = choose(N, K, H, T // X, S // Y, q_BTNH.dtype)._replace(**blocks or {})
+  interpret = target.platform() != 'tpu' if interpret is None else interpret
+  run = functools.partial(_run, blocks, window, bound, interpret, q_BTNH, q_segment_BT, q_start_X)
+  each = -(-S // Y // blocks.keys)
+  most = max(blocks.resident // blocks.keys, 1)
+  if Y * each <= most:
+    keys = (flash_blocks.pad(x, Y, blocks.keys) for x in (k_BSKH, v_BSKH, k_segment_BS))
+    return run(*keys, k_start_Y, q_BTNH.dtype)
+  turns = -(-each // most)
+  size = -(-each // turns) * blocks.keys
 
-  def call(running):
-    return _call(plan._replace(running=running), *args)
-  if bound is None:
-    o, lse = call(True)
-  else:
-    o, lse = jax.lax.cond(jnp.max(bound) <= LIMIT, lambda: call(False), lambda: call(True))
-  return flash_blocks.unpad(o, X, T, 2).swapaxes(1, 2), flash_blocks.unpad(lse, X, T, 2)
+  def cut(x):
+    x = flash_blocks.pad(x, Y, turns * size)
+    return x.reshape(B, Y * turns, size, *x.shape[2:]).swapaxes(0, 1)
+
+  def turn(merged, part):
+    return merge(merged, run(*part, jnp.float32)), None
+  start_XY = k_start_Y[:, None] + size * jnp.arange(turns, dtype=jnp.int32)
+  nothing = jnp.zeros(q_BTNH.shape, jnp.float32), jnp.full((B, N, T), MASKED)
+  parts = cut(k_BSKH), cut(v_BSKH), cut(k_segment_BS), start_XY.reshape(-1, 1)
+  (o, lse), _ = jax.lax.scan(turn, nothing, parts)
+  return o.astype(q_BTNH.dtype), lse

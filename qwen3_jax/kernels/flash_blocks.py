@@ -61,6 +61,12 @@ def _segments(segment_BT, block):
   return least, most, (block_BQT.min(-1) == most) & (most > 0)
 
 
+def segments(segment_BT, block, mixed):
+  """The segment of every block where it is one and above 0, else `mixed`; int32 (B, blocks)."""
+  _, most, one = _segments(segment_BT, block)
+  return jnp.where(one, most, mixed).astype(jnp.int32)
+
+
 def pairs(q_segment_BT, k_segment_BS, q_start_X, k_start_Y, block_q, block_k, window=None):
   """(needed, whole) of every pair of blocks, bool (B, query blocks, key blocks).
 
