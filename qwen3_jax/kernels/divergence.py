@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen3_jax.kernels import head
+from qwen3_jax.kernels import head, head_pair, head_tpu
 
 KINDS = ('reverse_kl', 'forward_kl', 'jsd')
 
@@ -93,6 +93,10 @@ def _local(hidden_BTD, head_VD, weight_BT, teacher_BTD, teacher_VD, *, settings,
            vocab_axes=(), width_axes=(), token_axes=(), other_axes=()):
   kind, mix, temperature, size = settings
   teacher_VD, _ = head.gather(teacher_VD, teacher_BTD.dtype, vocab_axes, other_axes)
+  if head_tpu.serves(hidden_BTD, head_VD) and head_tpu.serves(teacher_BTD, teacher_VD):
+    return _in_kernels(hidden_BTD, head_VD, weight_BT, teacher_BTD, teacher_VD, settings=settings,
+                       gradients=gradients, vocab_axes=vocab_axes, width_axes=width_axes,
+                       token_axes=token_axes)
 
   def slope(logp_MV, first, teacher_MD):
     logq_MV, _ = log_softmax(teacher_MD, teacher_VD, first, vocab_axes, temperature, size)
@@ -106,13 +110,41 @@ def _local(hidden_BTD, head_VD, weight_BT, teacher_BTD, teacher_VD, *, settings,
                      token_axes=token_axes)
 
 
+def _in_kernels(hidden_BTD, head_VD, weight_BT, teacher_BTD, teacher_VD, *, settings, gradients,
+                vocab_axes, width_axes, token_axes):
+  """`over_chunks` on a TPU: a pass over the vocabulary ('jsd': two), one more with `gradients`."""
+  kind, mix, temperature, size = settings
+  dtype, shape = head_VD.dtype, weight_BT.shape
+  head_VD, first = head.gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
+  sides = [(x.reshape(-1, x.shape[-1]), y) for x, y in
+           ((hidden_BTD, head_VD), (teacher_BTD, teacher_VD))]
+  options = dict(limit=None if size is None else size - first, temperature=temperature,
+                 compare=functools.partial(compare, kind=kind, mix=mix, expm1=expm1))
+  pair = head_pair.statistics(sides, kind, vocab_axes=vocab_axes, **options)
+  weight_M = weight_BT.reshape(-1)
+  total = jnp.sum(weight_M * pair.value)
+  total = jax.lax.psum(total, token_axes) if token_axes else total
+  values = pair.value.reshape(shape), pair.entropy.reshape(shape)
+  if not gradients:
+    return total, *values
+  d_hidden, d_head = head_pair.gradient(sides, pair, weight_M, **options)
+  d_hidden = jax.lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
+  return (total, *values, d_hidden.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape),
+          head.reduce(d_head, width_axes, token_axes).astype(dtype))
+
+
+def expm1(x):
+  """In a kernel, which has no other; its error near 0 is 6e-8, not relative to the result."""
+  return jnp.exp(x) - 1
+
+
 def log_softmax(*inputs):
   """Log-probabilities on this shard of V, those near 0 without rounding of logits; entropies."""
   logits_MV, top_M, norm_M, entropy_M = head.softmax(*inputs)
   return (logits_MV - top_M[:, None]) - norm_M[:, None], entropy_M
 
 
-def compare(logp, logq, kind, mix):
+def compare(logp, logq, kind, mix, expm1=jnp.expm1):
   """What each outcome adds to the divergence of p and q, and p times its derivative by p.
 
   The derivative is up to a constant, which cancels in the gradient by the logits, score - p
@@ -124,7 +156,7 @@ def compare(logp, logq, kind, mix):
     return q - p - p * gap, -p * gap
   if kind == 'forward_kl':
     return p - q + q * gap, p - q
-  far = jnp.log1p(jnp.where(gap > 0, 1 - mix, mix) * jnp.expm1(-jnp.abs(gap)))
+  far = jnp.log1p(jnp.where(gap > 0, 1 - mix, mix) * expm1(-jnp.abs(gap)))
   logm = jnp.maximum(logp, logq) + far
   score = (1 - mix) * p * (logp - logm)
   return mix * q * (logq - logm) + score, score

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from qwen3_jax import mesh as alphabet
-from qwen3_jax.kernels import head_gradient, head_tpu
+from qwen3_jax.kernels import head_gradient, head_kept, head_tpu
 
 TOKENS = 1024  # tokens of one chunk on one device
 UNROLLED = 4  # chunks; fewer are no loop (XLA:CPU runs a loop's body on one thread)
@@ -71,10 +71,13 @@ def _values(hidden_BTD, head_VD, target_BT, temperature, size, entropy):
 
 def _values_forward(hidden_BTD, head_VD, target_BT, temperature, size, entropy):
   inputs = [x.value for x in (hidden_BTD, head_VD, target_BT)]
-  return _values(*inputs, temperature, size, entropy), inputs
+  local = functools.partial(_local_values, temperature=temperature, size=size, entropy=entropy,
+                            normaliser=True)
+  *values, bits_BT = sharded(local, lambda scalar, rows, *_: (rows,) * (2 + entropy), *inputs)
+  return tuple(values), (inputs, [bits_BT, values[-1]])
 
 
-def _values_backward(temperature, size, _, inputs, cotangents):
+def _values_backward(temperature, size, _, saved, cotangents):
   """The gradient of sum(ct * logp) + sum(ct * entropy): a cross-entropy of weights -ct, and more.
 
   A cotangent that is zero by construction arrives as a `SymbolicZero`, and is left out.
@@ -84,9 +87,10 @@ def _values_backward(temperature, size, _, inputs, cotangents):
   if isinstance(ct_BT, zero):
     ct_BT = jnp.zeros(ct_BT.shape, ct_BT.dtype)
   ct_entropy = [ct for ct in ct_entropy if not isinstance(ct, zero)]
-  local = functools.partial(_local, gradients=True, temperature=temperature, size=size)
+  local = functools.partial(_local, gradients=True, temperature=temperature, size=size, known=True)
+  inputs, known = saved
   _, (d_hidden, d_head) = sharded(local, lambda scalar, rows, *weights: (scalar, weights),
-                                   *inputs, -ct_BT, *ct_entropy)
+                                  *inputs, -ct_BT, *ct_entropy, *known)
   return d_hidden, d_head, None
 
 
@@ -119,15 +123,19 @@ def sharded(local, layout, hidden_BTD, head_VD, *of_tokens, other_VD=None):
 
 
 def _local(hidden_BTD, head_VD, target_BT, weight_BT, *bonus, gradients=False, temperature=1.0,
-           size=None, vocab_axes=(), width_axes=(), token_axes=()):
+           size=None, known=False, vocab_axes=(), width_axes=(), token_axes=()):
   """One device's tokens against its rows of the head; sums over the named mesh axes.
 
   With `gradients`: (loss, (d_hidden, d_head)), else the loss. `bonus` (B, T), if there is one,
-  weighs the tokens' entropies, whose gradient is then added.
+  weighs the tokens' entropies, whose gradient is then added. With `known` the last two arguments
+  are what a forward pass found: log-sum-exps in units of log 2, and entropies if there is a bonus.
   """
+  bonus, known = (bonus[:-2], bonus[-2:]) if known else (bonus, ())
   dtype = head_VD.dtype
   head_VD, first = gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
-  run = _in_kernels if head_tpu.serves(hidden_BTD, head_VD) else _over_chunks
+  run = _over_chunks
+  if head_tpu.serves(hidden_BTD, head_VD):
+    run = functools.partial(_in_kernels, known=known)
   total, *found = run(hidden_BTD, target_BT, weight_BT, *bonus, head_VD=head_VD, first=first,
                       vocab_axes=vocab_axes, gradients=gradients, temperature=temperature,
                       size=size)
@@ -156,40 +164,63 @@ def _over_chunks(hidden_BTD, *of_tokens, gradients, **options):
   return total, from_chunks(d_hidden, *hidden_BTD.shape[:2]), d_head
 
 
-def _in_kernels(hidden_BTD, *of_tokens, head_VD, first, vocab_axes, gradients, temperature, size):
-  """`_over_chunks` on a TPU: two passes over the vocabulary, one without `gradients`."""
+def _in_kernels(hidden_BTD, *of_tokens, head_VD, first, vocab_axes, gradients, temperature, size,
+                known):
+  """`_over_chunks` on a TPU: a pass over the vocabulary, and one with `gradients`.
+
+  Where the first is `known`, the loss is not looked at by anyone, and is 0.
+  """
   hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
   target_M, weight_M, *bonus = (x.reshape(-1) for x in of_tokens)
   options = dict(limit=None if size is None else size - first, temperature=temperature)
-  found = head_tpu.statistics(hidden_MD, head_VD, target_M - first, entropy=bool(bonus),
-                              vocab_axes=vocab_axes, **options)
-  total = -jnp.sum(weight_M * found.logp)
+  total = jnp.zeros((), jnp.float32)
+  if gradients and not bonus and not known and head_kept.serves(hidden_MD, head_VD):
+    total, d_hidden, d_head = head_kept.cross_entropy(
+      hidden_MD, head_VD, target_M - first, weight_M, vocab_axes=vocab_axes, **options)
+    return total, _summed(d_hidden, hidden_BTD, vocab_axes), d_head
+  if known:
+    bits_M, entropy_M = (x.reshape(-1) for x in known)
+  else:
+    logp_M, entropy_M, bits_M = head_tpu.statistics(
+      hidden_MD, head_VD, target_M - first, entropy=bool(bonus), vocab_axes=vocab_axes, **options)
+    total = -jnp.sum(weight_M * logp_M)
   if not gradients:
     return total,
-  entropy = [found.entropy] * len(bonus)
-  d_hidden, d_head = head_gradient.gradient(hidden_MD, head_VD, target_M - first, weight_M,
-                                            found.bits, *bonus, *entropy, **options)
-  d_hidden = jax.lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
-  return total, d_hidden.astype(hidden_MD.dtype).reshape(hidden_BTD.shape), d_head
+  d_hidden, d_head = head_gradient.gradient(
+    hidden_MD, head_VD, target_M - first, weight_M, bits_M, *bonus, *[entropy_M] * len(bonus),
+    **options)
+  return total, _summed(d_hidden, hidden_BTD, vocab_axes), d_head
 
 
-def _local_values(hidden_BTD, head_VD, target_BT, temperature, size, entropy, vocab_axes=(),
-                  width_axes=(), token_axes=()):
-  """One device's log-probabilities (B, T), and with `entropy` its entropies."""
+def _summed(d_hidden_MD, hidden_BTD, vocab_axes):
+  """The gradient of `hidden_BTD`, over all shards of the vocabulary."""
+  d_hidden_MD = jax.lax.psum(d_hidden_MD, vocab_axes) if vocab_axes else d_hidden_MD
+  return d_hidden_MD.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape)
+
+
+def _local_values(hidden_BTD, head_VD, target_BT, temperature, size, entropy, normaliser=False,
+                  vocab_axes=(), width_axes=(), token_axes=()):
+  """One device's log-probabilities (B, T), and with `entropy` its entropies.
+
+  With `normaliser` the log-sum-exp in units of log 2 comes last.
+  """
   head_VD, first = gather(head_VD, hidden_BTD.dtype, vocab_axes, width_axes)
   if head_tpu.serves(hidden_BTD, head_VD):
     found = head_tpu.statistics(
       hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), head_VD, target_BT.reshape(-1) - first,
       None if size is None else size - first, temperature=temperature, entropy=entropy,
       vocab_axes=vocab_axes)
-    return tuple(x.reshape(target_BT.shape) for x in found[:1 + entropy])
+    found = found.logp, *[found.entropy] * entropy, *[found.bits] * normaliser
+    return tuple(x.reshape(target_BT.shape) for x in found)
 
   def visit(_, chunk):
     hidden_MD, target_M = chunk
     logits_MV, top_M, norm_M, entropy_M = softmax(hidden_MD, head_VD, first, vocab_axes,
                                                   temperature, size)
     logit_M1, *_ = look_up(logits_MV, target_M[:, None], first, vocab_axes)
-    return None, (logit_M1[:, 0] - (top_M + norm_M), entropy_M)[:1 + entropy]
+    lse_M = top_M + norm_M
+    return None, (logit_M1[:, 0] - lse_M, *[entropy_M] * entropy,
+                  *[lse_M * head_tpu.BITS] * normaliser)
   chunks = in_chunks(hidden_BTD), in_chunks(target_BT)
   _, values = jax.lax.scan(visit, None, chunks, unroll=len(chunks[0]) <= UNROLLED)
   return tuple(from_chunks(x, *target_BT.shape) for x in values)

@@ -13,9 +13,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.kernels import head_tpu
 from qwen3_jax.kernels import target as chip
-from qwen3_jax.kernels.head_tpu import BITS, SUBLANES, pad, place, product
+from qwen3_jax.kernels.head_tpu import BITS, NOWHERE, SUBLANES, pad, place, product
 
-BLOCKS = dict(tokens=512, rows=1024, part=256)
+BLOCKS = dict(tokens=256, rows=512, part=256)  # where the table knows nothing
 SLOTS = 3  # of tokens' sums in VMEM: one leaves, one is added to, one arrives
 
 
@@ -28,9 +28,9 @@ def gradient(hidden_MD, head_VD, target_M, weight_M, bits_M, bonus_M=None, entro
   vocabulary the first is a part of the sum over shards. Multiplies three times, 6 M V D: the
   logits again, and each gradient. Raises ValueError where the blocks exceed VMEM.
   """
-  sizes = choose('head_gradient', hidden_MD, head_VD, blocks)
+  sizes = head_tpu.choose('head_gradient', BLOCKS, hidden_MD, head_VD, blocks)
   here_M = (target_M >= 0) & (target_M < len(head_VD))
-  rows = [jnp.where(here_M, target_M, -1), bits_M, weight_M / temperature]
+  rows = [jnp.where(here_M, target_M, NOWHERE), bits_M, weight_M / temperature]
   if bonus_M is not None:
     bonus_M = bonus_M / temperature
     rows += [bonus_M / BITS, bonus_M * entropy_M]
@@ -64,7 +64,8 @@ def sweep(name, slope, sides, rows, limit, sizes, interpret):
   (rows, tokens), whose first row is `first` and of which the first `limit` rows count.
   """
   (M, D), (V, _) = (x.shape for x in sides[0])
-  tokens, tile, part = sizes['tokens'], sizes['rows'], sizes['part']
+  tokens, tile, part = clip(sizes['tokens'], M), sizes['rows'], sizes['part']
+  sizes = sizes | dict(tokens=tokens)
   padded = [(pad(tokens, hidden, least=SLOTS)[0], head) for hidden, head in sides]
   rows = [pad(tokens, sides[0][0], row[None], least=SLOTS)[1] for row in rows]
   tiles, steps = pl.cdiv(V, tile), len(padded[0][0]) // tokens
@@ -94,10 +95,9 @@ def sweep(name, slope, sides, rows, limit, sizes, interpret):
   return d_hidden.sum(0)[:M], d_head
 
 
-def choose(name, hidden_MD, head_VD, blocks):
-  sizes = head_tpu.choose(name, BLOCKS, hidden_MD, head_VD, blocks)
-  third = head_tpu.round_up(pl.cdiv(len(hidden_MD), SLOTS), head_tpu.LANES)
-  return sizes | dict(tokens=min(sizes['tokens'], third))
+def clip(tokens, M):
+  """A block of tokens of which M take at least SLOTS."""
+  return min(tokens, head_tpu.round_up(pl.cdiv(M, SLOTS), head_tpu.LANES))
 
 
 def need(sides, sizes):

@@ -21,10 +21,11 @@ from qwen3_jax.kernels import target as chip
 
 NEVER = -1e30 * math.log2(math.e)  # finite: the masked logit of `head`, in units of log 2
 LOWEST = NEVER / 16  # where a running maximum starts: what is masked adds exp2(NEVER - it) = 0
+NOWHERE = -1 << 30  # a target that is no row, nor one of those that a step has before the first
 BITS = math.log2(math.e)  # a nat
 LANES, SUBLANES = 128, 8
 LEAST = 512  # rows of a head for which the kernels are worth their set-up
-BLOCKS = dict(tokens=1024, rows=1024, part=256)
+BLOCKS = dict(tokens=512, rows=512, part=256)  # where the table knows nothing
 
 
 class Statistics(NamedTuple):
@@ -76,27 +77,34 @@ def _statistics(hidden_MD, head_VD, target_M, limit, scale, entropy, sizes, inte
   here_M = (target_M >= 0) & (target_M < len(head_VD))
   starts = [LOWEST, 0.0, 0.0] + [0.0] * entropy
   top, norm, logit, *mean = accumulate(
-    'head_statistics', functools.partial(_absorb, scale=scale), starts, [(hidden_MD, head_VD)],
-    [jnp.where(here_M, target_M, -1)], limit, sizes, interpret)
+    'head_statistics', functools.partial(absorb, scale=scale), starts, [(hidden_MD, head_VD)],
+    [jnp.where(here_M, target_M, NOWHERE)], limit, sizes, interpret)
   return top, norm, mean[0] if mean else None, logit
 
 
-def _absorb(logits, limit, first, target_ref, top_ref, norm_ref, logit_ref, mean_ref=None, *,
-            scale):
-  """Adds a part's logits to the partial statistics of each token."""
+def absorb(logits, limit, first, target_ref, top_ref, norm_ref, logit_ref, mean_ref=None,
+           kept_refs=(), *, scale):
+  """Adds a part's logits to the partial statistics of each token.
+
+  `kept_refs` receive exp2(logits - top) and the running maximum `top` of the time.
+  """
   parts = in_bits(logits, limit, scale)
   top, shrink, gap = raise_top(parts, top_ref)
   norm, logit = norm_ref[...], logit_ref[...]
   mean = None if mean_ref is None else shrink * (mean_ref[...] + norm * gap)
   norm = shrink * norm
   target = target_ref[...] - first - place(top.shape)
+  kept = []
   for at, bits in enumerate(parts):
     below = bits - top
     p = jnp.exp2(below)
+    kept.append(p)
     norm += p
     mean = None if mean is None else mean + p * below
     logit = jnp.where(target == SUBLANES * at, bits, logit)
   norm_ref[...], logit_ref[...] = norm, logit
+  if kept_refs:
+    kept_refs[0][...], kept_refs[1][...] = jnp.concatenate(kept).astype(kept_refs[0].dtype), top
   if mean is not None:
     mean_ref[...] = mean
 
@@ -108,43 +116,63 @@ def raise_top(parts, top_ref):
   return top, jnp.exp2(old - top), old - top
 
 
-def accumulate(name, absorb, starts, sides, rows, limit, sizes, interpret):
+def accumulate(name, absorb, starts, sides, rows, limit, sizes, interpret, keep=None):
   """What `absorb` makes of all logits: (8, M) float32 arrays that begin as `starts`.
 
   `sides` are pairs (hidden_MD, head_VD) of one or two models, `rows` are (M,). `absorb(*logits,
   limit, first, *row_refs, *refs)` adds a part of a tile, (rows, tokens) of each side, whose first
-  row is `first` and of which the first `limit` rows count, to the running results.
+  row is `first` and of which the first `limit` rows count, to the running results. A part is added
+  beside the product of the next: the steps go on until the last one's is.
+
+  With `keep`, a type, `absorb` also gets kept_refs=, to fill with a number for each logit, of that
+  type, and eight a token: two more results, (rows, M) and (rows / part * 8, M). In them the heads'
+  first row comes after one part of nothing.
   """
   M, V = len(sides[0][0]), len(sides[0][1])
   tokens, tile, part = sizes['tokens'], sizes['rows'], sizes['part']
   rows = [pad(tokens, sides[0][0], row[None])[1] for row in rows]
   sides = [(pad(tokens, hidden)[0], head) for hidden, head in sides]
+  last = pl.cdiv(V, tile) - 1
   specs = [spec for hidden, head in sides for spec in (
     pl.BlockSpec((tokens, hidden.shape[1]), lambda t, v, _: (t, 0)),
-    pl.BlockSpec((tile, head.shape[1]), lambda t, v, _: (v, 0)))]
+    pl.BlockSpec((tile, head.shape[1]), lambda t, v, _: (jnp.minimum(v, last), 0)))]
   of_tokens = pl.BlockSpec((SUBLANES, tokens), lambda t, v, _: (0, t))
-  total, size = len(sides[0][0]), sides[0][0].dtype.itemsize
-  widths = sum(hidden.shape[1] for hidden, _ in sides)
+  total = len(sides[0][0])
+  steps, results = pl.cdiv(V + part, tile), [(SUBLANES, jnp.float32)] * len(starts)
+  out_specs = [of_tokens] * len(starts)
+  if keep is not None:
+    for height, dtype in ((tile, keep), (tile // part * SUBLANES, jnp.float32)):
+      results.append((steps * height, dtype))
+      out_specs.append(pl.BlockSpec((height, tokens), lambda t, v, _: (v, t)))
   found = pl.pallas_call(
-    functools.partial(_kernel, absorb=absorb, starts=starts, sides=len(sides), part=part),
+    functools.partial(_kernel, absorb=absorb, starts=starts, sides=len(sides), part=part,
+                      keep=keep is not None),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=1, grid=(total // tokens, pl.cdiv(V, tile)),
+      num_scalar_prefetch=1, grid=(total // tokens, steps),
       in_specs=specs + [pl.BlockSpec((1, tokens), lambda t, v, _: (0, t))] * len(rows),
-      out_specs=[of_tokens] * len(starts),
+      out_specs=out_specs,
       scratch_shapes=[pltpu.VMEM((part, tokens), jnp.float32)] * len(sides)),
-    out_shape=[jax.ShapeDtypeStruct((SUBLANES, total), jnp.float32)] * len(starts),
-    compiler_params=parameters(('parallel', 'arbitrary'), name, {
-      'tokens x width, twice': 2 * size * tokens * widths,
-      'rows x width, twice': 2 * size * tile * widths,
-      'logits': 12 * part * tokens * len(sides), 'results': 64 * len(starts) * tokens}),
+    out_shape=[jax.ShapeDtypeStruct((height, total), dtype) for height, dtype in results],
+    compiler_params=parameters(('parallel', 'arbitrary'), name, need(sides, sizes, keep)),
     interpret=interpreted(interpret), name=name,
   )(first_rows(limit, V), *(x for side in sides for x in side), *rows)
   return [x[:, :M] for x in found]
 
 
-def _kernel(limit_ref, *refs, absorb, starts, sides, part):
+def need(sides, sizes, keep=None):
+  """Bytes of VMEM that `accumulate` takes, by what they are for."""
+  tokens, tile, part = sizes['tokens'], sizes['rows'], sizes['part']
+  width = sum(hidden.shape[1] for hidden, _ in sides) * sides[0][0].dtype.itemsize
+  return {'tokens x width, twice': 2 * tokens * width, 'rows x width, twice': 2 * tile * width,
+          'logits': 12 * part * tokens * len(sides), 'results': 64 * 6 * tokens,
+          'kept logits': 0 if keep is None else 2 * tile * tokens * jnp.dtype(keep).itemsize}
+
+
+def _kernel(limit_ref, *refs, absorb, starts, sides, part, keep):
   pairs, rest = [refs[2 * i:2 * i + 2] for i in range(sides)], refs[2 * sides:]
   row_and_result_refs, waiting_refs = rest[:-sides], rest[-sides:]
+  if keep:
+    *row_and_result_refs, kept_ref, kept_top_ref = row_and_result_refs
   step, tile = pl.program_id(1), len(pairs[0][1])
 
   @pl.when(step == 0)
@@ -154,19 +182,16 @@ def _kernel(limit_ref, *refs, absorb, starts, sides, part):
     for ref, start in zip(row_and_result_refs[-len(starts):], starts):
       ref[...] = jnp.full_like(ref, start)
 
-  def add(logits, first):
-    absorb(*logits, limit_ref[0] - first, first, *row_and_result_refs)
   logits = [ref[...] for ref in waiting_refs]
   for at in range(0, tile, part):
     following = [product('vd,md->vm', head[at:at + part], hidden[...]) for hidden, head in pairs]
-    add(logits, step * tile + at - part)
+    first = step * tile + at - part
+    more = {} if not keep else dict(kept_refs=(
+      kept_ref.at[at:at + part], kept_top_ref.at[pl.ds(at // part * SUBLANES, SUBLANES)]))
+    absorb(*logits, limit_ref[0] - first, first, *row_and_result_refs, **more)
     logits = following
   for ref, x in zip(waiting_refs, logits):
     ref[...] = x
-
-  @pl.when(step == pl.num_programs(1) - 1)
-  def _():
-    add([ref[...] for ref in waiting_refs], (step + 1) * tile - part)
 
 
 def in_bits(logits, limit, scale):
@@ -190,10 +215,11 @@ def product(letters, a, b):
   return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
-def choose(kernel, default, hidden_MD, head_VD, given):
+def choose(kernel, default, hidden_MD, head_VD, given, **more):
   """Block sizes, those of the table and `given` before the default, clipped to the shapes."""
   (M, D), V = hidden_MD.shape, len(head_VD)
-  sizes = default | table.choose(kernel, M=M, V=V, D=D, dtype=hidden_MD.dtype.name) | (given or {})
+  shape = dict(M=M, V=V, D=D, dtype=hidden_MD.dtype.name, **more)
+  sizes = default | table.choose(kernel, **shape) | (given or {})
   part = min(sizes['part'], round_up(V, SUBLANES * 2))
   return sizes | dict(part=part, rows=min(round_up(sizes['rows'], part), round_up(V, part)),
                       tokens=min(sizes['tokens'], round_up(M, LANES)))

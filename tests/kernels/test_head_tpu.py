@@ -1,13 +1,25 @@
 """The head's TPU kernels, interpreted, equal the plain meaning; the real compiler takes them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3_jax.kernels import head_gradient, head_tpu, reference
+from qwen3_jax import mesh as alphabet
+from qwen3_jax.kernels import (
+  divergence,
+  head,
+  head_gradient,
+  head_kept,
+  head_pair,
+  head_tpu,
+  reference,
+)
+from qwen3_jax.kernels import target as target_chip
 
-SMALL = dict(tokens=128, rows=64, part=32)
+SMALL = dict(tokens=128, rows=32, part=16)
 
 
 def make_inputs(M=150, D=128, V=200, dtype=jnp.float32, scale=1.0, seed=0):
@@ -19,12 +31,12 @@ def make_inputs(M=150, D=128, V=200, dtype=jnp.float32, scale=1.0, seed=0):
   return (hidden.astype(dtype), head.astype(dtype), jax.random.randint(keys[2], (M,), 0, V), weight)
 
 
-def in_kernels(hidden, head, target, weight, bonus=None, temperature=1.0, size=None):
+def in_kernels(hidden, weights, target, weight, bonus=None, temperature=1.0, size=None):
   """(logp_M, entropy_M, d_hidden, d_head) of sum(weight * -logp) + sum(bonus * entropy)."""
   options = dict(limit=size, temperature=temperature, blocks=SMALL)
-  found = head_tpu.statistics(hidden, head, target, entropy=True, **options)
+  found = head_tpu.statistics(hidden, weights, target, entropy=True, **options)
   more = () if bonus is None else (bonus, found.entropy)
-  gradients = head_gradient.gradient(hidden, head, target, weight, found.bits, *more, **options)
+  gradients = head_gradient.gradient(hidden, weights, target, weight, found.bits, *more, **options)
   return found.logp, found.entropy, *gradients
 
 
@@ -57,3 +69,119 @@ def test_values_and_gradients_in_float32(bonus, temperature, size):
   compare(got, meaning(*inputs))
   if size is not None:
     assert (got[3][size:] == 0).all()
+
+
+def pair_inputs(wide=256, **options):
+  hidden, head, _, weight = make_inputs(**options)
+  teacher, other, *_ = make_inputs(D=wide, seed=1, **options)
+  return hidden, head, teacher, other, weight
+
+
+def pair_in_kernels(hidden, head, teacher, other, weight, kind, mix, temperature, size):
+  """(values_M, entropies_M, d_hidden, d_head) of the weighted sum of divergences."""
+  sides = (hidden, head), (teacher, other)
+  compare = functools.partial(divergence.compare, kind=kind, mix=mix, expm1=divergence.expm1)
+  options = dict(limit=size, temperature=temperature, blocks=SMALL, compare=compare)
+  pair = head_pair.statistics(sides, kind, **options)
+  return pair.value, pair.entropy, *head_pair.gradient(sides, pair, weight, **options)
+
+
+def pair_meaning(hidden, head, teacher, other, weight, kind, mix, temperature, size):
+  teacher, other = (x.astype(jnp.float32) for x in (teacher, other))
+
+  def total(hidden, head):
+    total, values = reference.divergence(hidden[None], head, teacher[None], other, weight[None],
+                                         kind, mix, temperature, size)
+    return total, values[0]
+  inputs = [x.astype(jnp.float32) for x in (hidden, head)]
+  gradients, values = jax.grad(total, (0, 1), has_aux=True)(*inputs)
+  ids = jnp.zeros((1, len(hidden)), jnp.int32)
+  entropy = reference.token_entropy(inputs[0][None], inputs[1], ids, temperature, size)[1][0]
+  return values, entropy, *gradients
+
+
+@pytest.mark.parametrize('kind', divergence.KINDS)
+def test_divergences_in_float32(kind):
+  inputs = *pair_inputs(), kind, 0.3, 0.7, 190
+  got = jax.jit(pair_in_kernels, static_argnums=(5, 6, 7, 8))(*inputs)
+  compare(got, pair_meaning(*inputs))
+  assert (got[3][190:] == 0).all()
+
+
+@pytest.fixture
+def small_kernels(monkeypatch):
+  """The head's public functions take the kernels, interpreted, on CPU too."""
+  monkeypatch.setattr(head_tpu, 'serves', lambda hidden, head: True)
+  for module in (head_tpu, head_gradient, head_pair):
+    monkeypatch.setattr(module, 'BLOCKS', SMALL)
+
+
+def placed(mesh, **inputs):
+  layout = alphabet.shardings(inputs, mesh)
+  return [jax.device_put(x, layout[name]) for name, x in inputs.items()]
+
+
+def test_on_a_mesh_that_shards_the_vocabulary(small_kernels):
+  """Values and gradients through `head`: statistics of both shards are merged, gradients summed."""
+  hidden, weights, target, weight = make_inputs(M=80, V=104)
+  hidden, target, weight = hidden.reshape(4, 20, -1), target.reshape(4, 20), weight.reshape(4, 20)
+  size = 90
+  target = target % size
+
+  def total(function, cross, hidden, weights):
+    logp, entropy = function(hidden, weights, target, 0.7, size)
+    return jnp.sum(jnp.tanh(weight * logp / 4) * jnp.sin(weight + entropy)) + cross(
+      hidden, weights, target, weight)
+  run = functools.partial(jax.value_and_grad, argnums=(0, 1))
+  want = run(functools.partial(total, reference.token_entropy, reference.cross_entropy))(
+    hidden, weights)
+  ours = functools.partial(total, head.token_entropy, head.cross_entropy)
+  for shape in (dict(tensor=2, fsdp=2), None):
+    inputs = hidden, weights
+    if shape:
+      mesh = alphabet.make_mesh(shape)
+      with jax.set_mesh(mesh):
+        got = jax.jit(run(ours))(*placed(mesh, hidden_BTD=hidden, head_VD=weights))
+    else:
+      got = jax.jit(run(ours))(*inputs)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    for a, b in zip(got[1], want[1]):
+      assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize('kind', ['forward_kl', 'jsd'])
+def test_divergences_on_a_mesh(small_kernels, kind):
+  *inputs, weight = pair_inputs(wide=128, M=80, V=104)
+  named = dict(zip(('hidden_BTD', 'head_VD', 'teacher_BTD', 'other_VD'), inputs))
+  named = {name: x.reshape(4, 20, -1) if 'B' in name else x for name, x in named.items()}
+  weight, settings = weight.reshape(4, 20), (kind, 0.3, 0.7, 90)
+
+  def run(function, hidden, *rest):
+    def total(hidden, weights):
+      return function(hidden, weights, *rest[1:], weight, *settings)
+    return jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, rest[0])
+  (want, values), gradients = run(reference.divergence, *named.values())
+  mesh = alphabet.make_mesh(dict(tensor=2, fsdp=2))
+  with jax.set_mesh(mesh):
+    (got, found), slopes = jax.jit(functools.partial(run, divergence.divergence))(
+      *placed(mesh, **named))
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  np.testing.assert_allclose(found, values, rtol=1e-5, atol=5e-6)
+  for a, b in zip(slopes, gradients):
+    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize('dtype, cores', [(jnp.float32, 1), (jnp.bfloat16, 2)], ids=str)
+def test_probabilities_that_wait_for_their_normaliser(monkeypatch, dtype, cores):
+  """Groups of 256 tokens and the rest; bfloat16 within twice what rounding the gradient costs."""
+  monkeypatch.setattr(head_kept, 'GRADIENT_ROWS', 16)
+  monkeypatch.setattr(target_chip, 'cores', lambda: cores)
+  hidden, weights, target, weight = make_inputs(M=300, dtype=dtype, scale=2.0)
+  target, size = target % 190, 190
+  run = jax.jit(functools.partial(head_kept.cross_entropy, limit=size, temperature=0.7, tokens=256,
+                                  blocks=dict(tokens=128, rows=64, part=32)))
+  loss, *gradients = run(hidden, weights, target, weight)
+  logp, _, *want = meaning(hidden, weights, target, weight, None, 0.7, size)
+  np.testing.assert_allclose(loss, -jnp.sum(weight * logp), rtol=1e-5)
+  for a, b in zip(gradients, want):
+    assert np.linalg.norm(a - b) <= (1e-5 if dtype == jnp.float32 else 2 ** -8) * np.linalg.norm(b)

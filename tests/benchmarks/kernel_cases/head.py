@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen3_jax.kernels import head_gradient, head_tpu
+from qwen3_jax.kernels import divergence, head_gradient, head_kept, head_pair, head_tpu
 from qwen3_jax.kernels import target as chip
 
 MODELS = {1024: '0.6b', 2048: '1.7b, 30b-a3b', 4096: '8b, 235b-a22b'}
@@ -25,8 +25,8 @@ def forward(tokens=8192, V=151936, D=1024, entropy=False, blocks=None):
   """Log-probabilities of the targets, with `entropy` those of the distributions."""
   hidden, head, target, _ = inputs(tokens, V, D)
   sizes = head_tpu.choose('head_statistics', head_tpu.BLOCKS, hidden, head, blocks)
-  turns, tiles = -(-tokens // sizes['tokens']), -(-V // sizes['rows'])
-  model = dict(steps=turns * tiles, executed=turns * tiles, init=turns, final=turns,
+  turns, tiles = -(-tokens // sizes['tokens']), -(-(V + sizes['part']) // sizes['rows'])
+  model = dict(steps=turns * tiles, executed=turns * tiles, init=turns,
                flops=2 * tokens * V * D, hbm_bytes=2 * D * (tokens + turns * V))
   return dict(fn=functools.partial(head_tpu.statistics, entropy=entropy, blocks=blocks),
               args=[hidden, head, target], models={'head_statistics': model})
@@ -35,7 +35,7 @@ def forward(tokens=8192, V=151936, D=1024, entropy=False, blocks=None):
 def backward(tokens=8192, V=151936, D=1024, bonus=False, blocks=None):
   """Gradients of hidden states and head from the log-sum-exp, with `bonus` those of entropies."""
   hidden, head, target, row = inputs(tokens, V, D)
-  sizes = head_gradient.choose('head_gradient', hidden, head, blocks)
+  sizes = head_tpu.choose('head_gradient', head_gradient.BLOCKS, hidden, head, blocks)
   cores = chip.cores()
   turns, tiles = -(-tokens // sizes['tokens']), -(-V // sizes['rows'])
   per_core = -(-tiles // cores)
@@ -46,3 +46,54 @@ def backward(tokens=8192, V=151936, D=1024, bonus=False, blocks=None):
   return dict(fn=functools.partial(head_gradient.gradient, blocks=blocks),
               args=[hidden, head, target, *[row] * (4 if bonus else 2)],
               models={'head_gradient': model})
+
+
+def pair(tokens=8192, V=151936, D=1024, other=4096, kind='reverse_kl', gradient=False, blocks=None):
+  """Divergence of two heads, or with `gradient` the gradient of its sum alone."""
+  hidden, head, _, row = inputs(tokens, V, D)
+  sides = [(hidden, head), inputs(tokens, V, other)[:2]]
+  name = 'pair_gradient' if gradient else 'pair_statistics'
+  sizes = head_pair.choose(name, head_pair.BLOCKS, sides, blocks)
+  compare = functools.partial(divergence.compare, kind=kind, mix=0.5, expm1=divergence.expm1)
+  turns, tiles = -(-tokens // sizes['tokens']), -(-V // sizes['rows'])
+  options = dict(compare=compare, blocks=blocks)
+  if gradient:
+    def run(sides, row, other_row, weight, score):
+      pair = head_pair.Pair(row, row, row, other_row, score)
+      return head_pair.gradient(sides, pair, weight, **options)
+    steps = chip.cores() * -(-tiles // chip.cores()) * turns
+    width = 3 * D + other
+    moved = 8 * tokens * D * (tiles - 1) + 2 * tokens * (D + other) * tiles
+    model = dict(steps=steps, executed=tiles * turns, init=tiles,
+                 hbm_bytes=moved + 2 * V * (D + other) + 4 * V * D)
+    args = [sides, *[row] * 4]
+  else:
+    run = functools.partial(head_pair.statistics, kind=kind, **options)
+    turns_tiles = turns * -(-(V + sizes['part']) // sizes['rows'])
+    width = D + other
+    model = dict(steps=turns_tiles, executed=turns_tiles, init=turns,
+                 hbm_bytes=2 * width * (tokens + turns * V))
+    args = [sides]
+  return dict(fn=run, args=args, models={name: model | dict(flops=2 * tokens * V * width)})
+
+
+def kept(tokens=768, V=151936, D=1024, blocks=None):
+  """A group's forward pass and its share of the gradient; `tokens` of 8192 take 8192 / tokens."""
+  hidden, head, target, row = inputs(tokens, V, D)
+  per_core = tokens // chip.cores()
+  sizes = head_tpu.choose('head_kept', head_kept.BLOCKS, hidden, head, blocks)
+  high = min(sizes['tokens'], per_core)
+  turns, steps = -(-tokens // high), -(-(V + sizes['part']) // sizes['rows'])
+  rows = min(head_kept.GRADIENT_ROWS, sizes['part'])
+  cores, tiles = chip.cores(), -(-V // rows)
+  moved = 2 * V * tokens
+  first = dict(steps=turns * steps, executed=turns * steps, init=turns, flops=2 * tokens * V * D,
+               hbm_bytes=2 * D * (tokens + turns * V) + moved)
+  second = dict(steps=cores * -(-tiles // cores), executed=tiles, init=cores, final=cores,
+                flops=4 * tokens * V * D, hbm_bytes=moved + V * D * (2 + 8))
+  def run(d_head, hidden, target, weight, head):
+    return head_kept._group(d_head, hidden, target, weight, head_VD=head, limit=None,
+                            temperature=1.0, vocab_axes=(), blocks=blocks, interpret=None)
+  d_head = jax.ShapeDtypeStruct((V, D), jnp.float32)
+  return dict(fn=run, args=[d_head, hidden, target, row, head],
+              models={'head_kept_gradient': second, 'head_kept': first})
