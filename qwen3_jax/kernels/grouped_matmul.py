@@ -193,12 +193,12 @@ def _multiply(tile, weight, gate_ref, up_ref, outs, h, columns, fetch):
   Meanwhile fetches the next tile, some rows with each part of the columns.
   """
   for span, part in _shares(tile.shape[0], gate_ref.shape[1], columns):
-    fetch(span)
     g, u = _dot(tile[:h], gate_ref[:, part]), _dot(tile[:h], up_ref[:, part])
     hidden = jax.nn.silu(g) * u * jnp.concatenate(
         [weight[:h]] * (part.size // rows.LANES), axis=1)
     for out, value in zip(outs, (hidden, g, u)):
       out[:h, part] = value.astype(out.dtype)
+    fetch(span)
 
 
 def _shares(rows, width, columns):

@@ -74,3 +74,26 @@ def models(M, X, D, F, count_E, sizes, save, size):
         trips={3: tiles / E, 4: 0, 5: pieces} if name == 'experts_down' else
         {1: pieces, 2: tiles / E}, flops=flops, hbm_bytes=hbm)
   return result
+
+
+def gate_up(M=8192, X=8, E=128, D=2048, F=768, kind='balanced', save=False, dtype='bfloat16',
+            blocks=None):
+  """The first kernel alone."""
+  built = forward(M, X, E, D, F, kind, save, dtype, blocks)
+  args = built['args']
+  sizes = built['fn'].keywords['blocks']
+  fn = lambda x, token, weight, count, gate, up: kernel._gate_up(
+      x, token, weight, kernel._groups(count), gate, up, sizes, save, False)
+  return dict(fn=fn, args=args[:-1], models=built['models'])
+
+
+def down(M=8192, X=8, E=128, D=2048, F=768, kind='balanced', dtype='bfloat16', blocks=None):
+  """The second kernel alone."""
+  built = forward(M, X, E, D, F, kind, False, dtype, blocks)
+  _, token, _, count, *_, weights = built['args']
+  sizes = built['fn'].keywords['blocks']
+  more = max(sizes.gate_heights[-1], sizes.down_heights[-1])
+  h_PF = jax.ShapeDtypeStruct((token.shape[0] + more, F), jnp.dtype(dtype))
+  fn = lambda h, token, count, down: kernel._down(
+      h, M, token, kernel._groups(count), down, sizes, False)
+  return dict(fn=fn, args=[h_PF, token, count, weights], models=built['models'])
