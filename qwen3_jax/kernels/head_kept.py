@@ -21,20 +21,21 @@ from qwen3_jax.kernels.head_tpu import BITS, LANES, LOWEST, NOWHERE, SUBLANES, p
 
 CHIPS = ('v5e', 'v5p')
 KEPT = 240 << 20  # bytes of HBM for a group's probabilities
-BLOCKS = dict(tokens=768, rows=512, part=256)
+TOKENS = 768  # of a group at most: with their gradient they stay in VMEM
+BLOCKS = dict(tokens=TOKENS, rows=512, part=256)
 GRADIENT_ROWS = 256  # of a tile of the gradient's pass, a divisor of `part` or more than it
 
 
 def serves(hidden_MD, head_VD):
   """Whether this is the faster form on the chip that the program is traced for."""
   return (chip.kind() in CHIPS and hidden_MD.dtype == jnp.bfloat16
-          and group(len(head_VD)) < len(hidden_MD))
+          and len(hidden_MD) >= TOKENS // 2)
 
 
 def group(V, kept=KEPT):
   """Tokens of a group: of each two bytes a row, in whole blocks on every core."""
   step = LANES * chip.cores()
-  return max(step, kept // (2 * V) // step * step)
+  return max(step, min(TOKENS, kept // (2 * V)) // step * step)
 
 
 def cross_entropy(hidden_MD, head_VD, target_M, weight_M, limit=None, *, temperature=1.0,

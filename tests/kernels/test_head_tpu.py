@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from qwen3_jax import mesh as alphabet
 from qwen3_jax.kernels import (
@@ -185,3 +186,99 @@ def test_probabilities_that_wait_for_their_normaliser(monkeypatch, dtype, cores)
   np.testing.assert_allclose(loss, -jnp.sum(weight * logp), rtol=1e-5)
   for a, b in zip(gradients, want):
     assert np.linalg.norm(a - b) <= (1e-5 if dtype == jnp.float32 else 2 ** -8) * np.linalg.norm(b)
+
+
+def test_values_and_gradients_of_bfloat16():
+  """Products of bfloat16 are exact in float32; each gradient by a logit is rounded once."""
+  inputs = make_inputs(dtype=jnp.bfloat16)
+  compare(jax.jit(in_kernels)(*inputs), meaning(*inputs), rtol=2 ** -9)
+
+
+@pytest.mark.parametrize('scale', [40.0, 0.0])
+def test_huge_and_equal_logits_of_few_tokens(scale):
+  """Logits about 1e5, and logits that are all 0: two tokens, of which one counts for nothing."""
+  hidden, weights, target, weight = make_inputs(M=2, V=40, scale=scale)
+  inputs = hidden, weights, target, jnp.array([0.0, 1.0])
+  got = jax.jit(in_kernels)(*inputs)
+  compare(got, meaning(*inputs), rtol=1e-4 if scale else 1e-5)
+  assert (got[2][0] == 0).all()
+
+
+def test_a_shard_without_a_row_that_counts_changes_nothing():
+  hidden, weights, target, _ = make_inputs(M=20, V=40)
+  run = functools.partial(head_tpu._statistics, scale=head_tpu.BITS, entropy=True, sizes=SMALL,
+                          interpret=True)
+  shards = [run(hidden, weights, target - first, limit) for first, limit in ((0, 40), (40, 0))]
+  both = head_tpu.merge(*(jnp.concatenate(pair) for pair in zip(*shards)))
+  for a, b in zip(both, head_tpu.merge(*shards[0])):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_blocks_that_exceed_memory_are_refused():
+  hidden, weights, target, weight = make_inputs()
+  blocks = dict(tokens=128, rows=200_000, part=16)
+  big = jax.ShapeDtypeStruct((150_000, 4096), jnp.float32)
+  wide = jax.ShapeDtypeStruct((1024, 4096), jnp.float32)
+  message = r'needs [\d.]+ MiB of VMEM \(.*rows x width, twice [\d.]+.*lower blocks\["rows"\]'
+  with pytest.raises(ValueError, match='head_statistics ' + message):
+    jax.eval_shape(functools.partial(head_tpu.statistics, blocks=blocks), wide, big, target)
+  with pytest.raises(ValueError, match='head_gradient ' + message):
+    jax.eval_shape(functools.partial(head_gradient.gradient, blocks=blocks), wide, big, target,
+                   weight, weight)
+
+
+@pytest.mark.parametrize('kind', target_chip.CHIPS)
+def test_chosen_blocks_fit_every_model(monkeypatch, kind):
+  """At the widths of all models, and of teachers beside students."""
+  monkeypatch.setattr(target_chip, 'kind', lambda: kind)
+  room = 0.95 * target_chip.CHIPS[kind].vmem
+  for D in (1024, 2048, 2560, 4096, 5120):
+    for dtype in (jnp.bfloat16, jnp.float32):
+      def side(D):
+        return [jax.ShapeDtypeStruct((n, D), dtype) for n in (8192, 151_936)]  # noqa: B023
+      for name, default, need in (('head_statistics', head_tpu.BLOCKS, head_tpu.need),
+                                  ('head_gradient', head_gradient.BLOCKS, head_gradient.need)):
+        sizes = head_tpu.choose(name, default, *side(D), None)
+        assert sum(need([side(D)], sizes).values()) < room, (name, D, dtype, sizes)
+      if dtype == jnp.float32:
+        continue
+      for other in (4096, 5120):
+        sides = side(D), side(other)
+        for name, need in (('pair_statistics', head_tpu.need),
+                           ('pair_gradient', head_gradient.need)):
+          sizes = head_pair.choose(name, head_pair.BLOCKS, sides, None)
+          assert sum(need(sides, sizes).values()) < room, (name, D, other, sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32], ids=['bfloat16', 'float32'])
+def test_the_compiler_takes_them(topology, dtype):
+  """`head` and `divergence` with gradients, compiled by Mosaic for a described chip."""
+  pytest.importorskip('libtpu', reason='LIBTPU ABSENT: pip install jax[tpu] brings the compiler')
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  mesh = jax.sharding.Mesh(np.array(devices[:1]), ('x',))
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  def of(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+  T, V, D, wide = 2048, 5000, 1024, 2048
+  target, weight = of((1, T), jnp.int32), of((1, T), jnp.float32)
+  states, weights = of((1, T, D), dtype), of((V, D), dtype)
+  teacher, other = of((1, T, wide), dtype), of((V, wide), dtype)
+
+  def total(states, weights, teacher, other, target, weight):
+    logp, entropy = head.token_entropy(states, weights, target, 0.9, V - 8)
+    sums = [divergence.divergence(states, weights, teacher, other, weight, kind)[0]
+            for kind in divergence.KINDS]
+    return (logp * weight).sum() + (entropy ** 2).sum() + sum(sums) + head.cross_entropy(
+      states, weights, target, weight)
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(jax.grad(total, (0, 1))).lower(
+      states, weights, teacher, other, target, weight).compile()
+  text = compiled.as_text()
+  for name in ('head_statistics', 'head_gradient', 'pair_statistics', 'pair_terms',
+               'pair_gradient'):
+    assert name in text
+  keeps = dtype == jnp.bfloat16 and topology.split(':')[0] in head_kept.CHIPS
+  assert ('head_kept_gradient' in text) == keeps
+  assert f'{T},{V}]' not in text and f'{V},{T}]' not in text
