@@ -51,8 +51,8 @@ def plan(chosen_MX, experts, rows, interpret=None):
 def rank_tokens(chosen_MX, experts, interpret):
   """Ranks within each stretch of 4,096 tokens, and the tables from which `place_rows` inverts them.
 
-  Returns rank (8, padded M) float32; table (Q, 2, E, 128) int32, for each word of 32 tokens the hits
-  before it in the stretch and its own hits as bits; field (Q, turns, E, 128) int32, for each 8
+  Returns rank (8, padded M) float32; table (2, Q, E, 128) int32, for each word of 32 tokens the hits
+  before it in the stretch and its own hits as bits; field (turns, Q, E, 128) int32, for each 8
   tokens which of their choices the expert is, 3 bits each; count (Q, E, 128) float32, a copy a lane.
   """
   M, X = chosen_MX.shape
@@ -67,12 +67,12 @@ def rank_tokens(chosen_MX, experts, interpret):
   return pl.pallas_call(
       functools.partial(_rank_body, choices=X), name='dispatch_ranks', grid=(Q, turns),
       in_specs=[tokens, *whole],
-      out_specs=[tokens, pl.BlockSpec((1, 2, experts, LANES), lambda q, i: (q, 0, 0, 0)),
-                 pl.BlockSpec((1, 1, experts, LANES), lambda q, i: (q, i, 0, 0)),
+      out_specs=[tokens, pl.BlockSpec((2, 1, experts, LANES), lambda q, i: (0, q, 0, 0)),
+                 pl.BlockSpec((1, 1, experts, LANES), lambda q, i: (i, q, 0, 0)),
                  pl.BlockSpec((1, experts, LANES), lambda q, i: (q, 0, 0))],
       out_shape=[jax.ShapeDtypeStruct(ids.shape, jnp.float32),
-                 jax.ShapeDtypeStruct((Q, 2, experts, LANES), jnp.int32),
-                 jax.ShapeDtypeStruct((Q, turns, experts, LANES), jnp.int32),
+                 jax.ShapeDtypeStruct((2, Q, experts, LANES), jnp.int32),
+                 jax.ShapeDtypeStruct((turns, Q, experts, LANES), jnp.int32),
                  jax.ShapeDtypeStruct((Q, experts, LANES), jnp.float32)],
       scratch_shapes=[hits, hits],
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
@@ -107,7 +107,7 @@ def _rank_body(id_ref, triangle_ref, word_ref, field_ref, rank_ref, table_ref, f
   def _():
     count_ref[...] = jnp.zeros_like(count_ref)
     table_ref[0, 0] = jnp.full((experts, LANES), STRETCH, jnp.int32)
-    table_ref[0, 1] = jnp.zeros((experts, LANES), jnp.int32)
+    table_ref[1, 0] = jnp.zeros((experts, LANES), jnp.int32)
   _mark(id_ref, hit_ref, choice_ref, experts, choices)
   _write_words(hit_ref, choice_ref, word_ref, field_ref, table_ref, fields_ref, count_ref[0], turn)
   for chunk in range(TOKENS // WIDE):
@@ -124,23 +124,19 @@ def _rank_body(id_ref, triangle_ref, word_ref, field_ref, rank_ref, table_ref, f
 def _mark(id_ref, hit_ref, choice_ref, experts, choices):
   """Writes hits (1 or 0) and choices (0 to 7; 0 where no hit) as (E, 256) for each 256 tokens."""
   height = 2 * SUBLANES
+  expert = jax.lax.broadcasted_iota(jnp.int32, (height, LANES), 0)
   for group in range(SUBLANES):
     at, lanes = group // 2 * experts, slice(group % 2 * LANES, (group % 2 + 1) * LANES)
     ids = [jnp.broadcast_to(id_ref[k:k + 1, group * LANES:(group + 1) * LANES], (height, LANES))
            for k in range(choices)]
-
-    def mark(piece, carry):
-      expert = piece * height + jax.lax.broadcasted_iota(jnp.int32, (height, LANES), 0)
-      choice = jnp.full((height, LANES), SUBLANES, jnp.int32)
+    for piece in range(0, experts, height):
+      place = jnp.zeros((height, LANES), jnp.float32)
       for k in range(choices):
-        choice = jnp.where(ids[k] == expert, k, choice)
-      hit = choice < SUBLANES
-      rows = pl.ds(pl.multiple_of(at + piece * height, height), height)
-      hit_ref[rows, lanes] = jnp.where(hit, 1., 0.).astype(jnp.bfloat16)
-      choice_ref[rows, lanes] = jnp.where(hit, choice, 0).astype(jnp.float32).astype(jnp.bfloat16)
-      return carry
-    for piece in range(experts // height):
-      mark(piece, 0)
+        place = jnp.where(ids[k] == expert + piece, k + 1., place)
+      place = place.astype(jnp.bfloat16)
+      hit = jnp.minimum(place, 1)
+      hit_ref[at + piece:at + piece + height, lanes] = hit
+      choice_ref[at + piece:at + piece + height, lanes] = place - hit
 
 
 def _pick(ranks, ids):
@@ -173,97 +169,87 @@ def _write_words(hit_ref, choice_ref, word_ref, field_ref, table_ref, fields_ref
   high = pltpu.roll(number, shift + LANES - 2 * WORD, 1)
   mine = jax.lax.broadcasted_iota(jnp.int32, number.shape, 1) // (TOKENS // WORD) == turn
   table_ref[0, 0] = jnp.where(mine, prefix, table_ref[0, 0])
-  table_ref[0, 1] = jnp.where(mine, low | (high << 16), table_ref[0, 1])
+  table_ref[1, 0] = jnp.where(mine, low | (high << 16), table_ref[1, 0])
   fields_ref[0, 0] = product(choice_ref, field_ref).astype(jnp.int32)
 
 
 HEIGHT = SUBLANES // 2  # rows of 128 positions that one group is given at a time: two at once
-PAIRS = 4  # pairs of groups whose searches run side by side
+GROUPS = 64  # groups whose searches are begun together: a lookup takes some 120 cycles
 
 
 def place_rows(chosen_MX, rank, table, field, start_QE, count_QE, total, interpret):
   """slot_P and row_MX of `plan` from what `rank_tokens` found."""
   (M, X), (Q, E) = chosen_MX.shape, start_QE.shape
-  high = max(pl.cdiv(total, LANES), HEIGHT)
   ids = jnp.pad(chosen_MX.T.astype(jnp.int32), ((0, SUBLANES - X), (0, rank.shape[1] - M)))
-  start = jnp.pad(start_QE.astype(jnp.int32), ((0, -Q % SUBLANES), (0, LANES - E)))
-  scalars = [x.astype(jnp.int32).T.reshape(-1) for x in (start_QE, count_QE)]
+  first_G, count_G = (x.astype(jnp.int32).reshape(-1) for x in (start_QE, count_QE))
+  turns = jnp.max((first_G % LANES + count_G + HEIGHT * LANES - 1) // (HEIGHT * LANES))
+  start = jnp.pad(start_QE.astype(jnp.int32), ((0, 0), (0, LANES - E)))
+  wide = [jnp.broadcast_to(x[:, None], (Q * E, LANES)) for x in (first_G, count_G)]
+  tables = [x.reshape(len(x), Q * E, LANES) for x in (table, field)]
   everything = pl.BlockSpec(memory_space=pltpu.VMEM)
   slots, rows = pl.pallas_call(
-      functools.partial(_place_body, tokens=M, choices=X), name='dispatch_rows',
+      functools.partial(_place_body, choices=X, tokens=M, experts=E), name='dispatch_rows',
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=2, grid=(1,), in_specs=[everything] * 5, out_specs=[everything] * 2),
-      out_shape=[jax.ShapeDtypeStruct((high, LANES), jnp.int32),
+          num_scalar_prefetch=2, grid=(1,), in_specs=[everything] * 7, out_specs=[everything] * 2),
+      out_shape=[jax.ShapeDtypeStruct((pl.cdiv(total, LANES) + HEIGHT, LANES), jnp.int32),
                  jax.ShapeDtypeStruct(rank.shape, jnp.int32)],
-      interpret=interpret)(*scalars, ids, rank, start, table, field)
+      interpret=interpret)(turns[None], first_G, ids, rank, start, *wide, *tables)
   return slots.reshape(-1)[:total], rows[:X, :M].T
 
 
-def _place_body(start_ref, count_ref, id_ref, rank_ref, base_ref, table_ref, field_ref, slot_ref,
-                row_ref, *, tokens, choices):
+def _place_body(turns_ref, first_ref, id_ref, rank_ref, base_ref, start_ref, count_ref, table_ref,
+                field_ref, slot_ref, row_ref, *, choices, tokens, experts):
   slot_ref[...] = jnp.full(slot_ref.shape, tokens * choices, jnp.int32)
   for tile in range(id_ref.shape[1] // LANES):
     lanes = slice(tile * LANES, (tile + 1) * LANES)
     q = tile * LANES // STRETCH
     base = jnp.broadcast_to(base_ref[q:q + 1], (SUBLANES, LANES))
     row_ref[:, lanes] = rank_ref[:, lanes].astype(jnp.int32) + _gather(base, id_ref[:, lanes], 1)
-  groups = start_ref.shape[0]
-  stretches = table_ref.shape[0]
-  last = slot_ref.shape[0] - HEIGHT
+  steps = len(first_ref) // GROUPS
 
-  def first_row(group, turn):
-    return jnp.minimum((start_ref[group] >> 7) + turn * HEIGHT, last)
-
-  def find(pair, turn):
-    """The slots of one turn of two groups, and which of them are the groups' own."""
-    two = [2 * pair, 2 * pair + 1]
-    at = [(group % stretches, group // stretches) for group in two]
-    offset = [first_row(group, turn) * LANES - start_ref[group] for group in two]
-    return _find(table_ref, field_ref, at, offset, [count_ref[group] for group in two], choices)
-
-  def put(pair, turn, found):
-    slot, own = found
-    for half in range(2):
-      rows = pl.ds(first_row(2 * pair + half, turn), HEIGHT)
-      part = slice(half * HEIGHT, (half + 1) * HEIGHT)
-      slot_ref[rows, :] = jnp.where(own[part], slot[part], slot_ref[rows, :])
-
-  def turns(pair):
-    def of(group):
-      return ((start_ref[group] & (LANES - 1)) + count_ref[group] + HEIGHT * LANES - 1) >> 9
-    return jnp.maximum(of(2 * pair), of(2 * pair + 1))
-
-  def visit(step, carry):
-    pairs = [step * PAIRS + n for n in range(PAIRS)]
-    found = [find(pair, 0) for pair in pairs]
-    for pair, slots in zip(pairs, found):
-      put(pair, 0, slots)
-    for pair in pairs:
-      jax.lax.fori_loop(1, turns(pair), lambda turn, c, pair=pair: put(
-          pair, turn, find(pair, turn)) or c, 0)
+  def visit(n, carry):
+    turn, step = n // steps, n % steps
+    at = pl.multiple_of(step * GROUPS, GROUPS)
+    rows = pl.ds(at, GROUPS)
+    views = [ref.at[rows] for ref in (start_ref, count_ref)]
+    views += [ref.at[:, rows] for ref in (table_ref, field_ref)]
+    token, choice, own = _find(*views, turn)
+    slot = (at // experts * STRETCH + token) * choices + choice
+    for group in range(GROUPS):
+      part = slice(group * HEIGHT, (group + 1) * HEIGHT)
+      row = pl.ds((first_ref[at + group] >> 7) + turn * HEIGHT, HEIGHT)
+      slot_ref[row, :] = jnp.where(own[part], slot[part], slot_ref[row, :])
     return carry
-  jax.lax.fori_loop(0, groups // (2 * PAIRS), visit, 0)
+  jax.lax.fori_loop(0, turns_ref[0] * steps, visit, 0)
 
 
-def _find(table_ref, field_ref, at, offset, count, choices):
-  """The slot of each rank: first its word by bisection of the hits before words, then its bit."""
-  shape = SUBLANES, LANES
-  upper = jax.lax.broadcasted_iota(jnp.int32, shape, 0) < HEIGHT
+def _find(start_ref, count_ref, table_ref, field_ref, turn):
+  """Of 4 x 128 rows of each group: the token in its stretch, the choice, and whether it is the
+  group's own.
 
-  def both(a, b):
-    return jnp.where(upper, a, b)
+  First the word by bisection of the hits before words, then its bit, then 3 bits of its choices.
+  One lookup takes some 120 cycles, so all groups take each step together.
+  """
+  shape = start_ref.shape[0] * HEIGHT, LANES
+
+  def spread(ref):
+    first = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0) < HEIGHT
+    rows = [jnp.broadcast_to(ref[n:n + 1], (SUBLANES, LANES)) for n in range(start_ref.shape[0])]
+    return jnp.concatenate([jnp.where(first, a, b) for a, b in zip(rows[::2], rows[1::2])])
 
   def lookup(ref, piece, index):
-    a, b = (jnp.broadcast_to(ref[q, piece, pl.ds(e, 1), :], shape) for q, e in at)
-    return _gather(both(a, b), index, 1)
-  position = (jax.lax.broadcasted_iota(jnp.int32, shape, 0) % HEIGHT * LANES
-              + jax.lax.broadcasted_iota(jnp.int32, shape, 1))
-  rank = position + both(*offset)
-  own = (rank >= 0) & (rank < both(*count))
-  word = jnp.zeros(shape, jnp.int32)
-  for n in (64, 32, 16, 8, 4, 2, 1):
-    word = jnp.where(lookup(table_ref, 0, word + n) <= rank, word + n, word)
-  left, bits, bit = rank - lookup(table_ref, 0, word), lookup(table_ref, 1, word), 0
+    return _gather(spread(ref.at[piece]), index, 1)
+
+  def climb(word, n, up):
+    """Adds n for each of the next `up` boundaries, n words apart, that lie at or below the rank."""
+    return word + sum(jnp.where(lookup(table_ref, 0, word + i * n) <= rank, n, 0)
+                      for i in range(1, up + 1))
+  sublane, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, n) for n in range(2))
+  position = (sublane % HEIGHT + turn * HEIGHT) * LANES + lane
+  rank = position - (spread(start_ref) & (LANES - 1))
+  word = climb(climb(climb(climb(jnp.zeros(shape, jnp.int32), 32, 3), 8, 3), 2, 3), 1, 1)
+  left, bits = rank - lookup(table_ref, 0, word), lookup(table_ref, 1, word)
+  bit = jnp.zeros(shape, jnp.int32)
   for n in (16, 8, 4, 2, 1):
     ones = jax.lax.population_count(bits & ((1 << n) - 1))
     over = left >= ones
@@ -273,8 +259,7 @@ def _find(table_ref, field_ref, at, offset, count, choices):
   token = word * WORD + bit
   lane, piece = (token >> 3) & (LANES - 1), token >> 10
   field = lookup(field_ref, 0, lane)
-  for n in range(1, field_ref.shape[1]):
+  for n in range(1, field_ref.shape[0]):
     field = jnp.where(piece == n, lookup(field_ref, n, lane), field)
   choice = jax.lax.shift_right_logical(field, 3 * (token & (FIELD - 1))) & 7
-  stretch = both(*(q * STRETCH for q, _ in at))
-  return (stretch + token) * choices + choice, own
+  return token, choice, (rank >= 0) & (rank < spread(count_ref))

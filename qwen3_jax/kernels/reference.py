@@ -113,3 +113,18 @@ def partial_attention(q_BTNH, k_BSKH, v_BSKH, q_segment_BT, k_segment_BS, q_star
   p_BKGTS = jnp.exp(s_BKGTS - lse_BKGT[..., None])
   o_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', p_BKGTS, v_BSKH.astype(jnp.float32))
   return o_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype), lse_BKGT.reshape(B, N, T)
+
+
+def route(logits_ME, real_M, chosen, renormalise):
+  """A router: ids of the `chosen` largest logits (the lower id of equal ones first) and their gates
+  (M, X), then sums over real tokens: assignments and softmax probabilities (E) and logsumexp^2.
+  """
+  logits_ME = logits_ME.astype(jnp.float32) + 0.  # -0 and 0 are equal, as their probabilities are
+  probability_ME = jax.nn.softmax(logits_ME, -1)
+  chosen_MX = jax.lax.top_k(logits_ME, chosen)[1]
+  gate_MX = jnp.take_along_axis(probability_ME, chosen_MX, -1)
+  if renormalise:
+    gate_MX = gate_MX / gate_MX.sum(-1, keepdims=True)
+  hit_ME = (chosen_MX[..., None] == jnp.arange(logits_ME.shape[-1])).any(1)
+  return (chosen_MX, gate_MX, real_M @ hit_ME.astype(jnp.float32), real_M @ probability_ME,
+          real_M @ jax.nn.logsumexp(logits_ME, -1) ** 2)

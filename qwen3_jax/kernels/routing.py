@@ -39,6 +39,8 @@ def fits(experts, chosen):
 def route(logits_ME, real_M, chosen, renormalise, interpret=None):
   """The `chosen` largest logits (the lower id of equal ones first), gates and sums: `Routing`.
 
+  Logits, not rounded probabilities, are compared; -0 and 0 are equal.
+
   `real_M` (0 or 1) says which tokens the sums count; every token is routed. Raises ValueError where
   the kernel does not fit.
   """
@@ -97,23 +99,27 @@ def stride(experts):
 def _body(logits_ref, real_ref, id_ref, gate_ref, count_ref, probability_ref, z_ref, flat_ref,
           exp_ref, *, renormalise):
   """One block: (E, 1024) logits, tokens as 8 groups of 128 lanes."""
-  experts = logits_ref.shape[0]
+  experts, chosen = logits_ref.shape[0], id_ref.shape[0]
 
   @pl.when(pl.program_id(1) == 0)
   def _():
     for ref in (count_ref, probability_ref, z_ref):
       ref[...] = jnp.zeros_like(ref)
   _regroup(logits_ref, flat_ref)
-  top = _select(flat_ref, experts, id_ref.shape[0])
-  total = _exponentials(flat_ref, exp_ref, top[0][0], experts)
+  best = _best(flat_ref, experts)[:chosen]
+  total, tied = _identify(flat_ref, exp_ref, id_ref, best, experts)
+
+  @pl.when(tied)
+  def _():
+    _insert(flat_ref, id_ref, experts)
   real = real_ref[...]
-  exps = [jnp.exp(value - top[0][0]) for value, _ in top]
+  exps = [jnp.exp(value - best[0]) for value in best]
   scale = 1 / (sum(exps) if renormalise else total)
-  for k, (e, (_, expert)) in enumerate(zip(exps, top)):
+  for k, e in enumerate(exps):
     gate_ref[k] = e * scale
-    id_ref[k] = expert
-  z_ref[0] += real * (top[0][0] + jnp.log(total)) ** 2
-  _sums(flat_ref, exp_ref, real, real / total, top[-1], count_ref, probability_ref)
+  z_ref[0] += real * (best[0] + jnp.log(total)) ** 2
+  _sums(flat_ref, exp_ref, real, real / total, (best[-1], id_ref[chosen - 1]), count_ref,
+        probability_ref)
 
 
 def _rows(ref, expert, experts):
@@ -128,9 +134,56 @@ def _regroup(logits_ref, flat_ref):
     flat_ref[pl.ds(group * stride(experts), experts), :] = jnp.where(x > LOWEST, x, LOWEST)
 
 
-def _select(flat_ref, experts, chosen):
-  """The best `chosen` (logit, id) of each token, best first."""
-  shape = SUBLANES, LANES
+SORT = (((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 2), (1, 3), (4, 6), (5, 7)), ((1, 2), (5, 6)),
+        ((0, 4), (1, 5), (2, 6), (3, 7)), ((2, 4), (3, 5)), ((1, 2), (3, 4), (5, 6)))  # Batcher's
+MERGE = (((0, 4), (1, 5), (2, 6), (3, 7)), ((0, 2), (1, 3), (4, 6), (5, 7)),
+         ((0, 1), (2, 3), (4, 5), (6, 7)))  # of a list that rises, then falls
+
+
+def _order(values, network):
+  values = list(values)
+  for a, b in (pair for layer in network for pair in layer):
+    values[a], values[b] = (jnp.maximum(values[a], values[b]), jnp.minimum(values[a], values[b]))
+  return values
+
+
+def _best(flat_ref, experts):
+  """The 8 largest logits of each token, largest first: eight by eight sorted, and merged."""
+  def merge(piece, best):
+    new = _order([_rows(flat_ref, piece * 8 + n, experts)[...] for n in range(8)], SORT)
+    return tuple(_order(map(jnp.maximum, best, new[::-1]), MERGE))
+  lowest = (jnp.full((SUBLANES, LANES), -jnp.inf, jnp.float32),) * 8
+  return jax.lax.fori_loop(0, experts // 8, merge, lowest, unroll=2)
+
+
+def _identify(flat_ref, exp_ref, id_ref, best, experts):
+  """Writes whose the `best` logits are, and exp(logit - best) of all experts.
+
+  Returns the sum of these, and whether equal logits leave any token's ids undecided.
+  """
+  chosen = len(best)
+
+  def compare(n, carry):
+    total, met, ids = carry
+    x = _rows(flat_ref, n, experts)[...]
+    e = jnp.exp(x - best[0])
+    _rows(exp_ref, n, experts)[...] = e
+    ids = tuple(jnp.where(x == value, n, index) for value, index in zip(best, ids))
+    return total + e, met + jnp.where(x == best[-1], n + 1, 0), ids
+  zero = jnp.zeros((SUBLANES, LANES), jnp.int32)
+  total, met, ids = jax.lax.fori_loop(
+      0, experts, compare, (zero.astype(jnp.float32), zero, (zero,) * chosen), unroll=8)
+  undecided = met != ids[-1] + 1
+  for k in range(chosen):
+    id_ref[k] = ids[k]
+    if k:
+      undecided |= best[k - 1] == best[k]
+  return total, jnp.any(undecided)
+
+
+def _insert(flat_ref, id_ref, experts):
+  """Writes the ids where logits are equal: each expert goes behind those that are as good."""
+  chosen = id_ref.shape[0]
 
   def insert(expert, top):
     x = _rows(flat_ref, expert, experts)[...]
@@ -141,17 +194,11 @@ def _select(flat_ref, experts, chosen):
       best.append((jnp.maximum(value, jnp.minimum(top[k - 1][0], x)), jnp.where(
           above[k - 1], top[k - 1][1], jnp.where(above[k], expert, index))))
     return tuple(best)
-  empty = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)
-  return jax.lax.fori_loop(0, experts, insert, (empty,) * chosen, unroll=8)
-
-
-def _exponentials(flat_ref, exp_ref, top, experts):
-  """Stores exp(logit - top) of every expert; returns their sum."""
-  def add(expert, total):
-    e = jnp.exp(_rows(flat_ref, expert, experts)[...] - top)
-    _rows(exp_ref, expert, experts)[...] = e
-    return total + e
-  return jax.lax.fori_loop(0, experts, add, jnp.zeros_like(top), unroll=8)
+  empty = (jnp.full((SUBLANES, LANES), -jnp.inf, jnp.float32),
+           jnp.zeros((SUBLANES, LANES), jnp.int32))
+  top = jax.lax.fori_loop(0, experts, insert, (empty,) * chosen)
+  for k in range(chosen):
+    id_ref[k] = top[k][1]
 
 
 def _sums(flat_ref, exp_ref, real, scale, last, count_ref, probability_ref):
