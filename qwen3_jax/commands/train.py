@@ -7,7 +7,11 @@ Exit codes: 0 done; 42 stopped by SIGTERM and saved, run it again; 78 the config
 such file, size or key, a value of the wrong type); 2 anything else that is wrong with the input
 (values that do not fit, data, tokenizer, checkpoints, a full disk); 3 training cannot go on: it
 diverged, or of reinforcement learning engine and trainer disagree or no answer teaches anything; 75
-the data that the config asks for could not all be made, run it again.
+the data that the config asks for could not all be made, or a step hung, or hosts did not come: run
+it again.
+
+On many hosts run the same command on each, with QWEN3_JAX_HOSTS, QWEN3_JAX_COORDINATOR and
+QWEN3_JAX_HOST set (`python -m launch run` does it), and --workdir where all can reach it.
 
 Examples:
   python -m qwen3_jax train --config=configs/s1.py:tiny --workdir=runs/s1
@@ -22,6 +26,7 @@ from etils import epath
 
 from qwen3_jax.commands import config as configs
 from qwen3_jax.commands.prepare import prepare
+from qwen3_jax.training import hosts
 
 STUCK = 3
 
@@ -46,6 +51,7 @@ def add_arguments(parser):
 
 def main(args):
   config = configs.load_given(args)
+  hosts.join()
   with config.unlocked():
     config.init = args.init or config.init
     config.data.tokenizer = args.tokenizer or config.data.tokenizer
@@ -56,9 +62,11 @@ def train(config, workdir):
   """Runs the stage of `config` in `workdir`; returns the exit code."""
   from qwen3_jax.training.fit import Preempted, Stuck
   from qwen3_jax.training.preemption import EXIT_CODE
-  claim(workdir, config)
-  tokenizer = prepare_tokenizer(config, workdir)
-  if code := prepare(config, workdir):
+  with hosts.in_turn(f'prepare {workdir}'):
+    claim(workdir, config)
+    tokenizer = prepare_tokenizer(config, workdir)
+    code = prepare(config, workdir)
+  if code:
     return code
   try:
     importlib.import_module(METHODS[config.method]).run(config, workdir, tokenizer)
@@ -90,9 +98,10 @@ def claim(workdir, config):
     if other:
       (workdir / 'tokenizer').rmtree(missing_ok=True)
   workdir.mkdir(parents=True, exist_ok=True)
-  new = path.parent / 'config.json.new'
-  new.write_text(configs.to_json(config))
-  new.replace(path)
+  text, new = configs.to_json(config), path.parent / 'config.json.new'
+  if not path.exists() or path.read_text() != text:
+    new.write_text(text)
+    new.replace(path)
 
 
 def prepare_tokenizer(config, workdir):

@@ -6,6 +6,7 @@ import jax
 
 from qwen3_jax.training import losses
 from qwen3_jax.training.preemption import Preemption
+from qwen3_jax.training.watchdog import Watchdog
 
 PATIENCE = 5  # updates in a row that may be skipped as not finite
 
@@ -28,7 +29,8 @@ def fit(state, step, draw, *, steps, checkpoints, metrics, cursor=dict, config=N
   without `save_every` or `evaluate_every` only at the end. With `stop_loss` the end is where its
   `heldout_loss` is no larger.
   Raises Preempted after SIGTERM, FloatingPointError when updates were not finite PATIENCE times in
-  a row: what is saved is then from before, or unharmed (such updates are skipped whole).
+  a row: what is saved is then from before, or unharmed (such updates are skipped whole). A step
+  that hangs ends the process (`watchdog`).
   """
   def learnt(values):
     return stop_loss is not None and float(values.get('heldout_loss', math.inf)) <= stop_loss
@@ -36,13 +38,13 @@ def fit(state, step, draw, *, steps, checkpoints, metrics, cursor=dict, config=N
   if stop_loss is not None and _due(int(state.step), evaluate_every) and int(state.step):
     if learnt(evaluate(state.params)):  # it ended here
       return state
-  with Preemption() as preemption:
+  with Preemption() as preemption, Watchdog() as watch:
     for number in range(int(state.step) + 1, steps + 1):
       state, values = step(state, draw(state.params, number - 1))
       _stop_if_diverged(metrics.write(number, values))
       last = number == steps
       if evaluate and (_due(number, evaluate_every) or last):
-        with metrics.paused():
+        with metrics.paused(), watch.paused():
           values = evaluate(state.params)
           metrics.write(number, values)
         if not last and learnt(values):
@@ -52,13 +54,15 @@ def fit(state, step, draw, *, steps, checkpoints, metrics, cursor=dict, config=N
       leave = preemption.should_stop(number)
       if _due(number, save_every) or last or leave:
         _stop_if_diverged(metrics.flush())
-        checkpoints.save(number, state, cursor(), config or {})
+        with watch.paused():
+          checkpoints.save(number, state, cursor(), config or {})
       if leave and not last:
         checkpoints.wait()
         raise Preempted(f'stopped by SIGTERM after step {number} of {steps}, which is saved; '
                         'run the same command to continue')
       if last:
         break
+      watch.beat()
   checkpoints.wait()
   return state
 
