@@ -108,7 +108,7 @@ def _make_scores(plan, k_ref, kept, unit, columns):
                              precision=plan.precision, preferred_element_type=jnp.float32)
 
 
-def _make_ceiling(plan, ahead, q_segment_ref, k_segment_ref, unit, ceiling_ST):
+def _make_ceiling(plan, ahead, q_segment_ref, k_segment_ref, block, unit, ceiling_ST):
   """Scores' upper limits, (keys, queries): `MASKED` where a query does not see a key.
 
   The block's first query is `ahead` slots after the unit's first key.
@@ -118,7 +118,7 @@ def _make_ceiling(plan, ahead, q_segment_ref, k_segment_ref, unit, ceiling_ST):
   k_segment = jnp.concatenate([k_segment] * (plan.queries // 128), axis=1)
   behind = (jax.lax.broadcasted_iota(jnp.int32, shape, 0)
             - jax.lax.broadcasted_iota(jnp.int32, shape, 1))
-  seen = (k_segment == q_segment_ref[0]) & (behind <= ahead)
+  seen = (k_segment == q_segment_ref[0, pl.ds(block, 1), :]) & (behind <= ahead)
   if plan.window is not None:
     seen &= behind > ahead - plan.window
   ceiling_ST[...] = jnp.where(seen, HIGHEST, MASKED)
@@ -150,15 +150,10 @@ def _visit(plan, k_ref, kept, unit, following, limited, ends=False):
                     preferred_element_type=jnp.float32)
     (kept.done_HC if ends else kept.o_HC)[:, columns] = o
     (kept.done_8C if ends else kept.l_8C)[:, columns] = l
-  if ends:
-    _begin(plan, kept)
-
-
-def _begin(plan, kept):
-  kept.o_HC[...] = jnp.zeros_like(kept.o_HC)
-  kept.l_8C[...] = jnp.zeros_like(kept.l_8C)
-  if plan.running:
-    kept.m_8C[...] = jnp.full_like(kept.m_8C, LOWEST)
+    if ends:
+      kept.o_HC[:, columns], kept.l_8C[:, columns] = jnp.zeros_like(o), jnp.zeros_like(l)
+      if plan.running:
+        kept.m_8C[:1, columns] = jnp.full_like(m, LOWEST)
 
 
 def _write(plan, o_ref, lse_ref, kept):
@@ -216,7 +211,7 @@ def _kernel(plan, *refs):
   scalars, refs = Scalars(*refs[:8]), refs[8:]
   q_segment_ref, k_segment_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, held_ref, *kept = refs
   kept = Kept(*kept)
-  row, step = pl.program_id(0), pl.program_id(3)
+  row, step = pl.program_id(0), pl.program_id(2)
   block = jnp.clip(step - 1, 0, plan.query_blocks - 1)
   ends = row * plan.query_blocks + block
   begins = row * plan.query_blocks + jnp.minimum(step, plan.query_blocks - 1)
@@ -235,7 +230,7 @@ def _kernel(plan, *refs):
 
     @pl.when((holds == NEVER) | (holds != held_ref[0]))
     def _():
-      _make_ceiling(plan, ahead, q_segment_ref, k_segment_ref, unit, kept.ceiling_ST)
+      _make_ceiling(plan, ahead, q_segment_ref, k_segment_ref, block, unit, kept.ceiling_ST)
       held_ref[0] = holds
 
   low = scalars.low[ends]
@@ -270,17 +265,15 @@ def _specs(plan, groups, S, at_q, at_k):
   """Block specs of the inputs and of the outputs."""
   tq, tk, heads, H = plan.queries, plan.keys, plan.heads, plan.width
   last = plan.query_blocks - 1
-  keys = pl.BlockSpec((1, 1, S, H), lambda b, k, g, i, *_: at_k(b, 0, k))
+  keys = pl.BlockSpec((1, 1, S, H), lambda b, n, i, *_: at_k(b, 0, n // groups))
   inputs = [
-    pl.BlockSpec((1, 1, tq), lambda b, k, g, i, *_: (b, 0, jnp.clip(i - 1, 0, last))),
-    pl.BlockSpec((1, S // tk, tk), lambda b, k, g, i, *_: (b, 0, 0)),
-    pl.BlockSpec((1, 1, tq, heads * H),
-                 lambda b, k, g, i, *_: at_q(b, jnp.minimum(i, last), k * groups + g)), keys, keys]
+    pl.BlockSpec((1, plan.query_blocks, tq), lambda b, n, i, *_: (b, 0, 0)),
+    pl.BlockSpec((1, plan.key_blocks, tk), lambda b, n, i, *_: (b, 0, 0)),
+    pl.BlockSpec((1, 1, tq, heads * H), lambda b, n, i, *_: at_q(b, jnp.minimum(i, last), n)),
+    keys, keys]
   outputs = [
-    pl.BlockSpec((1, 1, tq, heads * H),
-                 lambda b, k, g, i, *_: at_q(b, jnp.maximum(i - 2, 0), k * groups + g)),
-    pl.BlockSpec((1, 1, heads, tq),
-                 lambda b, k, g, i, *_: (b, k * groups + g, 0, jnp.maximum(i - 2, 0)))]
+    pl.BlockSpec((1, 1, tq, heads * H), lambda b, n, i, *_: at_q(b, jnp.maximum(i - 2, 0), n)),
+    pl.BlockSpec((1, 1, heads, tq), lambda b, n, i, *_: (b, n, 0, jnp.maximum(i - 2, 0)))]
   return inputs, outputs
 
 
@@ -318,12 +311,12 @@ def _call(plan, scalars, q_segment, k_segment, q_BTNH, k_BSKH, v_BSKH, out_dtype
   o, lse = pl.pallas_call(
     functools.partial(_kernel, plan),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=len(scalars), grid=(B, K, groups, plan.query_blocks + 2),
+      num_scalar_prefetch=len(scalars), grid=(B, K * groups, plan.query_blocks + 2),
       in_specs=inputs, out_specs=outputs, scratch_shapes=[pltpu.SMEM((1,), jnp.int32), *kept]),
     out_shape=[jax.ShapeDtypeStruct(q.shape, out_dtype),
                jax.ShapeDtypeStruct((B, N // plan.heads, plan.heads, T), jnp.float32)],
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary'),
+      dimension_semantics=('parallel', 'parallel', 'arbitrary'),
       vmem_limit_bytes=_require_vmem(plan, q.dtype, out_dtype)),
     interpret=interpret, name='flash_forward' + ('_running' if plan.running else ''),
   )(*scalars, q_segment, k_segment, q, k, v)
@@ -346,8 +339,9 @@ def _run(blocks, window, bound, interpret, q_BTNH, q_segment_BT, q_start_X, k_BS
   exact = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
   plan = Plan(tq, tk, widths, math.gcd(blocks.heads, N // K), math.gcd(blocks.columns, tq),
               q.shape[1] // tq, S // tk, H, window, True, exact)
-  args = [[x.reshape(-1) for x in scalars], jnp.where(q_segment > 0, q_segment, -1)[:, None],
-          k_segment_BS.reshape(B, S // tk, tk), q, k_BSKH, v_BSKH, out_dtype, interpret]
+  unlike_keys = jnp.where(q_segment > 0, q_segment, -1)
+  args = [[x.reshape(-1) for x in scalars], unlike_keys.reshape(B, -1, tq),
+          k_segment_BS.reshape(B, -1, tk), q, k_BSKH, v_BSKH, out_dtype, interpret]
 
   def call(running):
     return _call(plan._replace(running=running), *args)

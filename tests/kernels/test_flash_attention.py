@@ -1,0 +1,182 @@
+"""The flash kernel's meaning, interpreted; and that the real compiler takes it for every TPU.
+
+Interpreting says nothing about a TPU's arithmetic, and no TPU is here: the compile is all that is
+known of one.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen3_jax.kernels import flash_attention, flash_blocks, reference
+
+SMALL = dict(queries=128, keys=128, columns=128, units=1)
+
+
+def draw(T, S, N=2, K=1, H=128, B=2, dtype=jnp.float32, seed=0):
+  rng = np.random.default_rng(seed)
+  return [jnp.asarray(rng.standard_normal((B, n, heads, H)), dtype)
+          for n, heads in ((T, N), (S, K), (S, K))]
+
+
+def pack(*rows):
+  """(B, T) segments; a row is a list of lengths, the last of padding."""
+  return jnp.array([np.repeat([*range(1, len(row)), 0], row) for row in rows], jnp.int32)
+
+
+def check(q, k, v, q_segment, k_segment, q_start, k_start, atol=1e-5, window=None, **options):
+  q_start, k_start = (jnp.array(x, jnp.int32) for x in (q_start, k_start))
+  want, want_lse = reference.partial_attention(q, k, v, q_segment, k_segment, q_start, k_start,
+                                               window)
+  o, lse = jax.jit(functools.partial(
+    flash_attention.forward, window=window, **dict(dict(blocks=SMALL), **options)))(
+      q, k, v, q_segment, k_segment, q_start, k_start)
+  assert o.shape == q.shape and o.dtype == q.dtype and lse.dtype == jnp.float32
+  np.testing.assert_allclose(o.astype(jnp.float32), want.astype(jnp.float32), atol=atol, rtol=atol)
+  np.testing.assert_allclose(lse, want_lse, atol=atol, rtol=atol)
+  return o, lse
+
+
+@pytest.mark.parametrize('bound', [None, 20.0], ids=['running', 'bound'])
+def test_packed_rows_of_ragged_lengths(bound):
+  """A boundary inside a block, one-token documents, padding, a row of padding alone."""
+  segment = pack([150, 1, 1, 148, 70], [300, 70], [370])
+  q, k, v = draw(370, 370, B=3)
+  o, lse = check(q, k, v, segment, segment, [0], [0], bound=bound, blocks=SMALL | dict(units=2))
+  assert not o[2].any() and (lse[2] == flash_blocks.MASKED).all()
+  np.testing.assert_allclose(o[0, 150], jnp.repeat(v[0, 150], 2, axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize('N, K, H, blocks', [
+  (6, 2, 128, {}), (4, 2, 128, dict(heads=1)), (2, 1, 64, {}), (1, 1, 128, dict(queries=256))],
+  ids=['three', 'groups', 'narrow', 'tall'])
+def test_heads_and_blocks(N, K, H, blocks):
+  segment = pack([200, 56])
+  q, k, v = draw(256, 256, N, K, H, B=1)
+  check(q, k, v, segment, segment, [0], [0], blocks=SMALL | blocks)
+
+
+@pytest.mark.parametrize('q_start, k_start, window', [
+  ([128, 768], [0, 896], None), ([0], [512], None), ([300], [0], None), ([300], [0, 384], 150),
+  ([0, 512], [0, 512], 100)], ids=['zigzag', 'unseen', 'cache', 'window', 'windows'])
+def test_stretches_and_windows(q_start, k_start, window):
+  """Queries beyond their keys, before all of them, between; unmasked blocks inside a window."""
+  q, k, v = draw(256, 512, B=1)
+  one = lambda n: jnp.ones((1, n), jnp.int32)
+  check(q, k, v, one(256), one(512), q_start, k_start, window=window)
+
+
+def test_keys_beyond_vmem_are_visited_in_turns():
+  segment = pack([100, 360, 52])
+  q, k, v = draw(512, 512, N=1, B=1)
+  check(q, k, v, segment, segment, [0, 256], [0, 256], blocks=SMALL | dict(resident=128))
+
+
+def test_merging_shards_of_keys_is_the_whole():
+  segment = pack([300, 84])
+  q, k, v = draw(384, 384, N=1, B=1)
+  zero, half = jnp.array([0], jnp.int32), jnp.array([192], jnp.int32)
+  run = jax.jit(functools.partial(flash_attention.forward, blocks=SMALL))
+  parts = [run(q, k[:, at], v[:, at], segment, segment[:, at], zero, start)
+           for at, start in ((slice(0, 192), zero), (slice(192, None), half))]
+  want = reference.partial_attention(q, k, v, segment, segment, zero, zero)
+  for got, wanted in zip(flash_attention.merge(*parts), want):
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_bfloat16_is_as_near_as_a_bfloat16_reference():
+  """Within the error of softmax and products in bfloat16, measured from the float32 meaning."""
+  segment = pack([200, 56])
+  q, k, v = draw(256, 256, B=1, dtype=jnp.bfloat16)
+  start = jnp.array([0], jnp.int32)
+  exact, exact_lse = reference.partial_attention(
+    *(x.astype(jnp.float32) for x in (q, k, v)), segment, segment, start, start)
+  scores = jnp.einsum('BTKGH,BSKH->BKGTS', q.reshape(1, 256, 1, 2, 128), k) * 128 ** -0.5
+  seen = (segment[:, :, None] == segment[:, None]) & jnp.tril(jnp.ones((256, 256), bool))
+  p = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+  plain = jnp.einsum('BKGTS,BSKH->BTKGH', p, v).reshape(q.shape)
+  allowed = jnp.abs(plain.astype(jnp.float32) - exact)[:, :200]
+  run = jax.jit(functools.partial(flash_attention.forward, blocks=SMALL))
+  for bound in (20.0, 1e9):
+    o, lse = run(q, k, v, segment, segment, start, start, bound=bound)
+    error = jnp.abs(o.astype(jnp.float32) - exact)[:, :200]
+    assert error.mean() < allowed.mean() and error.max() < 1.5 * allowed.max()
+    assert jnp.abs(lse - exact_lse).max() < 0.01
+
+
+def test_hostile_norms():
+  """Scores at either side of the bound that is safe, and far beyond what exp can take."""
+  q, k, v = draw(128, 128, N=2, K=1, B=1)
+  unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+  q, k = (unit(x) * 128 ** 0.5 * 4 ** 0.5 for x in (q, k))
+  k = k.at[0, :64].set(q[0, :64, :1]).at[0, 64:].set(-q[0, 64:, :1])
+  segment, start = pack([128, 0]), jnp.array([0], jnp.int32)
+  run = jax.jit(functools.partial(flash_attention.forward, blocks=SMALL))
+  for scale, bound in ((1, [46.0]), (1, [3.0, 56.0]), (1e4, [5e5]), (1e15, [5e16])):
+    args = q * scale, k, v, segment, segment, start, start
+    want, want_lse = reference.partial_attention(*args)
+    o, lse = run(*args, bound=jnp.array(bound))
+    assert jnp.isfinite(o).all() and jnp.isfinite(lse).all()
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
+    if scale == 1:  # of a score of 46 the last bit is 4e-6; of greater ones, more than differences
+      np.testing.assert_allclose(o, want, atol=3e-5)
+
+
+@pytest.mark.parametrize('window', [None, 100])
+def test_extents_hold_every_pair_that_sees_and_open_ones_all(window):
+  q_segment, k_segment = pack([130, 200, 54], [384]), pack([100, 300, 112], [512, 0])
+  q_start, k_start = jnp.array([256, 700]), jnp.array([0, 600])
+  needed, whole = flash_blocks.pairs(q_segment, k_segment, q_start, k_start, 64, 128, window)
+  slot = lambda start, n: (start[:, None] + jnp.arange(n // len(start))).reshape(-1)
+  behind = slot(q_start, 384)[:, None] - slot(k_start, 512)
+  seen = (behind >= 0) & (behind < (window or 1 << 30)) & (q_segment > 0)[:, :, None]
+  seen &= q_segment[:, :, None] == k_segment[:, None]
+  blocks = seen.reshape(2, 6, 64, 4, 128)
+  assert (needed >= blocks.any((2, 4))).all() and (whole == blocks.all((2, 4))).all()
+  extents = flash_blocks.extents(needed, whole)
+  for row in range(2):
+    for i in range(6):
+      low, high, first, shut = (int(x[row, i]) for x in extents)
+      inside = [low <= j < high for j in range(4)]
+      assert all(inside[j] for j in range(4) if needed[row, i, j])
+      assert all(whole[row, i, j] for j in range(first, shut))
+      assert first < shut or not whole[row, i].any()
+
+
+def test_too_little_vmem_is_said_with_the_numbers():
+  q, k, v = draw(128, 128, N=1, K=1, B=1)
+  wide = [jax.ShapeDtypeStruct((1, 1 << 18, 1, 128), x.dtype) for x in (q, k, v)]
+  segment = jax.ShapeDtypeStruct((1, 1 << 18), jnp.int32)
+  start = jax.ShapeDtypeStruct((1,), jnp.int32)
+  run = functools.partial(flash_attention.forward, blocks=dict(resident=1 << 18))
+  with pytest.raises(ValueError, match=r'needs .* MiB .* a core has 128.0: lower resident'):
+    jax.eval_shape(run, *wide, segment, segment, start, start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
+@pytest.mark.parametrize('T, N, K, H, dtype, window', [
+  (32768, 32, 8, 128, jnp.bfloat16, None), (1024, 64, 4, 128, jnp.bfloat16, None),
+  (1000, 40, 8, 128, jnp.float32, None), (1024, 16, 8, 64, jnp.bfloat16, 300)], ids=str)
+def test_compiles(topology, T, N, K, H, dtype, window):
+  """Both forms, under one condition."""
+  pytest.importorskip('libtpu', reason='LIBTPU ABSENT: pip install jax[tpu] brings the compiler')
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  mesh = Mesh(np.array(devices[:1]), ('one',))
+  abstract = lambda shape, dtype: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=NamedSharding(mesh, P()))
+  q, k = (abstract((1, T, heads, H), dtype) for heads in (N, K))
+  segment, start = abstract((1, T), jnp.int32), abstract((1,), jnp.int32)
+
+  def run(q, k, v, segment, start, bound):
+    return flash_attention.forward(q, k, v, segment, segment, start, start, bound=bound,
+                                   window=window)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    lowered = jax.jit(run).lower(q, k, k, segment, start, abstract((), jnp.float32))
+  text = lowered.compile().as_text()
+  assert 'flash_forward' in text and 'flash_forward_running' in text
