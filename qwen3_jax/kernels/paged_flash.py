@@ -1,9 +1,10 @@
 """Attention of a few new tokens a row to keys and values in pages, as one Pallas TPU kernel.
 
 All visits (a row and a block of its pages) form one flat loop. The copies of the next visits, of
-this row or the next, are under way while one is computed, so memory never waits at a row's end. The
-queries of two kv heads with few each share one product, as the two blocks of a block-diagonal
-matrix: this fills the 256 rows of a v6e's MXU and all 8 sublanes of the scores.
+this row or the next, are under way while one is computed, so memory never waits at a row's end. A
+block that the rows after one share with it is read once and computed for all of them. The queries
+of two kv heads with few each share one product, as the two blocks of a block-diagonal matrix: this
+fills the 256 rows of a v6e's MXU and all 8 sublanes of the scores.
 """
 import functools
 import math
@@ -22,22 +23,31 @@ from qwen3_jax.kernels.flash_blocks import require_vmem
 MASKED = -1e30  # finite, so that no difference of two of them is NaN
 LANES = 128
 SMEM = 768 << 10  # bytes of page numbers and lengths, of 1 MiB
-QUERIES = 8 << 20  # bytes of VMEM for queries and outputs
-DEFAULT = dict(pages=4, depth=4, queries=128)
+ROWS = 16 << 20  # bytes of VMEM for queries, outputs and state
+DEFAULT = dict(pages=8, depth=3, queries=128)
 
 
 class Plan(NamedTuple):
   """Sizes of one call."""
+  programs: tuple  # along heads and along rows
   rows: int  # of a program
   tiles: int  # rows that have one row of the table: stretches of its new tokens
   heads: int  # kv heads of a program
   joined: int  # kv heads in one product
-  queries: int  # of one kv head: new tokens x group
+  group: int  # G
+  tokens: int  # new ones of a row of the kernel
+  height: int  # rows of a product, whole sublanes
   width: int  # H
   size: int  # slots of a page, S
   columns: int  # of the table
   pages: int  # of a block
   depth: int  # blocks in VMEM
+  vmem: int  # bytes
+
+  @property
+  def queries(self):
+    """Rows of a product that are of one kv head."""
+    return self.tokens * self.group
 
 
 class _Pages:
@@ -153,118 +163,163 @@ def _sums(plan, p_RS, v_PKSH):
   return _own(plan, jnp.split(_dot(p, jnp.concatenate(v, axis=1)), plan.joined, axis=1))
 
 
-def _kernel(plan, length_ref, pages_ref, turns_ref, table_ref, q_ref, back_ref, k_hbm, v_hbm, o_ref,
-            k_buf, v_buf, top_ref, total_ref, sum_ref, arrived):
+class _State(NamedTuple):
+  """Of every row and product: greatest score, in every lane; sum of weights by lane; of values."""
+  top: jax.Array
+  total: jax.Array
+  sum: jax.Array
+
+  def begin(self, rows):
+    def one(row, _):
+      for ref, value in zip(self, (MASKED / 10, 0, 0)):
+        ref[row] = jnp.full(ref.shape[1:], value, ref.dtype)
+    jax.lax.fori_loop(0, rows, one, None)
+
+  def output(self, row, j):
+    total = jnp.sum(self.total[row, j], axis=1, keepdims=True)
+    return self.sum[row, j] / jnp.where(total > 0, total, 1)
+
+
+def _attend(plan, row, turn, length, q_ref, back_ref, k_buf, v_buf, state):
+  """Adds a block, in `k_buf` and `v_buf`, to the state of a row."""
+  products = range(plan.heads // plan.joined)
+  shape = (q_ref.shape[2], plan.pages * plan.size)
+  position_RS = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + turn * shape[1]
+  seen_RS = position_RS + jnp.tile(back_ref[...], (1, shape[1] // LANES)) < length
+  heads = [pl.ds(j * plan.joined, plan.joined) for j in products]
+  scores = [_scores(plan, q_ref[row, j], [k_buf[p, heads[j]] for p in range(plan.pages)])
+            for j in products]  # all before any other product: the compiler keeps their order
+  for j, s_RS in zip(products, scores):
+    scores[j], state.top[row, j], state.total[row, j], keep = _softmax(
+      plan, jnp.where(seen_RS, s_RS, MASKED), state.top[row, j], state.total[row, j])
+    state.sum[row, j] = state.sum[row, j] * keep[:, :plan.width]
+  for j, p_RS in zip(products, scores):
+    state.sum[row, j] += _sums(plan, p_RS, v_buf[:, heads[j]])
+
+
+def _kernel(plan, length_ref, pages_ref, turns_ref, shared_ref, table_ref, q_ref, back_ref, k_hbm,
+            v_hbm, o_ref, k_buf, v_buf, *scratch):
+  *state, arrived = scratch
+  state = _State(*state)
   first = pl.program_id(1) * plan.rows
   pages = _Pages(plan, first, pl.program_id(0) * plan.heads, pages_ref, table_ref, (k_hbm, v_hbm),
                  (k_buf, v_buf), arrived)
-  products = range(plan.heads // plan.joined)
 
   def following(row, turn):
     more = turn + 1 < turns_ref[first + jnp.minimum(row, plan.rows - 1)]
-    return jnp.where(more, row, row + 1), jnp.where(more, turn + 1, 0)
+    start = shared_ref[first + jnp.minimum(row + 1, plan.rows - 1)]
+    return jnp.where(more, row, row + 1), jnp.where(more, turn + 1, start)
 
   def fetch(row, turn, place):
     pl.when(row < plan.rows)(lambda: pages.fetch(row, turn, place))
     return following(row, turn)
 
-  def begin():
-    top_ref[...] = jnp.full(top_ref.shape, MASKED / 10, jnp.float32)
-    total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
-    sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
-
-  def attend(row, turn, place):
-    shape = (q_ref.shape[2], plan.pages * plan.size)
-    position = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + turn * shape[1]
-    seen_RS = position + jnp.tile(back_ref[...], (1, shape[1] // LANES)) < length_ref[first + row]
-    heads = [pl.ds(j * plan.joined, plan.joined) for j in products]
-    scores = [_scores(plan, q_ref[row, j], [k_buf[place, p, heads[j]] for p in range(plan.pages)])
-              for j in products]  # all before any other product: the order is the compiler's
-    weights = [_softmax(plan, jnp.where(seen_RS, s_RS, MASKED), top_ref[j], total_ref[j])
-               for j, s_RS in zip(products, scores)]
-    for j, (p_RS, top_ref[j], total_ref[j], keep) in zip(products, weights):
-      sum_ref[j] = sum_ref[j] * keep[:, :plan.width] + _sums(plan, p_RS, v_buf[place, :, heads[j]])
-
   def finish(row):
-    for j in products:
-      total = jnp.sum(total_ref[j], axis=1, keepdims=True)
-      o_ref[row, j] = (sum_ref[j] / jnp.where(total > 0, total, 1)).astype(o_ref.dtype)
-    begin()
+    for j in range(q_ref.shape[1]):
+      o_ref[row, j] = state.output(row, j).astype(o_ref.dtype)
 
   def visit(carry):
     row, turn, place, *ahead = carry
     ahead = fetch(*ahead, jnp.where(place == 0, plan.depth, place) - 1)
     pages.wait(row, turn, place)
-    attend(row, turn, place)
+    end = jax.lax.while_loop(  # the rows after this one that read the same pages
+      lambda r: (r < plan.rows) & (shared_ref[first + jnp.minimum(r, plan.rows - 1)] > turn),
+      lambda r: r + 1, row + 1)
+
+    def attend(r, _):
+      _attend(plan, r, turn, length_ref[first + r], q_ref, back_ref, k_buf.at[place],
+              v_buf.at[place], state)
+    jax.lax.fori_loop(row, end, attend, None)
     row_next, turn_next = following(row, turn)
     pl.when(row_next > row)(lambda: finish(row))
     return row_next, turn_next, jnp.where(place == plan.depth - 1, 0, place + 1), *ahead
 
-  begin()
+  state.begin(plan.rows)
   zero = jnp.int32(0)
   ahead = jax.lax.fori_loop(0, plan.depth - 1, lambda i, at: fetch(*at, i), (zero, zero))
   jax.lax.while_loop(lambda carry: carry[0] < plan.rows, visit, (zero, zero, zero, *ahead))
 
 
-def _plan(q_BQKGH, size, columns, blocks):
-  """(Plan, programs along heads and rows, new tokens of a tile, rows of a product, VMEM bytes)."""
+def _shared(plan, table_BC, length_B, turns_B):
+  """Leading blocks of each row that are whole, and the same pages as the row's before; (B,).
+
+  0 for a program's first row; less than a row's blocks, so that each row has a visit of its own.
+  """
+  B, C = table_BC.shape
+  blocks = C // plan.pages
+  same_BC = (table_BC == jnp.roll(table_BC, 1, 0))[:, :blocks * plan.pages]
+  same_BX = same_BC.reshape(B, blocks, plan.pages).all(-1)
+  whole_B = jnp.minimum(length_B, jnp.roll(length_B, 1)) // (plan.pages * plan.size)
+  same_BX &= jnp.arange(blocks) < jnp.minimum(whole_B, turns_B - 1)[:, None]
+  run_B = jnp.where(same_BX, blocks, jnp.arange(blocks)).min(-1, initial=blocks)
+  return jnp.where(jnp.arange(B) % plan.rows, run_B, 0).astype(jnp.int32)
+
+
+def plan(q_BQKGH, size, columns, blocks):
+  """The `Plan` of a call; ValueError if it needs more VMEM than a core has."""
   B, Q, K, G, H = q_BQKGH.shape
-  cores = target.cores()
+  item, wide, cores = q_BQKGH.dtype.itemsize, max(H, LANES), target.cores()
   heads = K // cores if K % cores == 0 else K
   tokens = min(Q, max(1, blocks['queries'] // G))
   tiles = -(-Q // tokens)
   joined = 2 if 2 * tokens * G <= 8 and heads % 2 == 0 else 1
-  R = -(-joined * tokens * G // 8) * 8
-  item = q_BQKGH.dtype.itemsize
-  row = heads // joined * R * max(H, LANES) * item * 4  # q and o, each twice
-  parts = max(-(-B * tiles * row // QUERIES), cores * heads // K)
-  rows = -(-B * tiles // parts)
+  height = -(-joined * tokens * G // 8) * 8
+  row = heads // joined * height * (4 * wide * item + 4 * (2 * LANES + wide))  # q, o twice; state
+  rows = -(-B * tiles // max(-(-B * tiles * row // ROWS), cores * heads // K))
   pages = min(blocks['pages'], columns)
-  plan = Plan(rows, tiles, heads, joined, tokens * G, H, size, columns, pages, blocks['depth'])
-  kv = plan.depth * pages * heads * size * (H + max(H, LANES)) * item
-  scores = 4 * R * pages * size * 4
-  bytes_ = require_vmem(
-    'paged_flash', dict(pages=kv, queries=rows * row, state=heads // joined * R * LANES * 12,
-                        scores=scores), target.vmem(), "lower blocks['pages'] or ['depth']")
-  return plan, (K // heads, -(-B * tiles // rows)), tokens, R, bytes_
+  vmem = require_vmem('paged_flash', dict(
+    pages=blocks['depth'] * pages * heads * size * (H + wide) * item, rows=rows * row,
+    scores=16 * height * pages * size), target.vmem(), "lower blocks['pages'] or ['depth']")
+  return Plan((K // heads, -(-B * tiles // rows)), rows, tiles, heads, joined, G, tokens, height, H,
+              size, columns, pages, blocks['depth'], vmem)
+
+
+def _rows(plan, q_BQKGH, table_BC, length_B):
+  """A row of the kernel for each stretch of a row's tokens: (q, (length, pages, turns, shared))."""
+  B, Q, K, G, H = q_BQKGH.shape
+  tiles, tokens, rows = plan.tiles, plan.tokens, B * plan.tiles
+  more = plan.rows * plan.programs[1] - rows  # rows of length 0
+  q = jnp.pad(q_BQKGH, ((0, 0), (tiles * tokens - Q, 0), (0, 0), (0, 0), (0, 0)))
+  q = q.reshape(rows, tokens, K, G, H).swapaxes(1, 2).reshape(rows, K // plan.joined, -1, H)
+  q = jnp.pad(q, ((0, more), (0, 0), (0, plan.height - q.shape[2]), (0, 0)))
+  later = tokens * jnp.arange(tiles - 1, -1, -1, dtype=jnp.int32)
+  length = jnp.maximum((length_B[:, None] - later).reshape(-1), 0)
+  length, table = (jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1))
+                   for x in (length, jnp.repeat(table_BC, tiles, 0)))
+  pages = -(-length // plan.size)
+  turns = jnp.maximum(-(-pages // plan.pages), 1)
+  return q, (length, pages, turns, _shared(plan, table, length, turns))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _paged_flash(q_BQKGH, k_BKHS, v_BKSH, table_BC, length_B, blocks, interpret):
   B, Q, K, G, H = q_BQKGH.shape
-  plan, programs, tokens, R, vmem = _plan(q_BQKGH, v_BKSH.shape[2], table_BC.shape[1], dict(blocks))
-  tiles, joined = plan.tiles, plan.joined
-  rows, more = B * tiles, plan.rows * programs[1] - B * tiles
-  back = tokens - 1 - np.arange(joined * plan.queries) % plan.queries // G
-  back = np.broadcast_to(np.pad(back, (0, R - len(back)))[:, None], (R, LANES)).astype(np.int32)
-  q = jnp.pad(q_BQKGH, ((0, 0), (tiles * tokens - Q, 0), (0, 0), (0, 0), (0, 0)))
-  q = q.reshape(rows, tokens, K, G, H).swapaxes(1, 2).reshape(rows, K // joined, -1, H)
-  q = jnp.pad(q, ((0, more), (0, 0), (0, R - q.shape[2]), (0, 0)))
-  later = tokens * jnp.arange(tiles - 1, -1, -1, dtype=jnp.int32)
-  length = jnp.pad((length_B.astype(jnp.int32)[:, None] - later).reshape(-1), (0, more))
-  pages = jnp.maximum(-(-length // plan.size), 0)
-  turns = jnp.maximum(-(-pages // plan.pages), 1)
-  products = plan.heads // joined
-  mine = pl.BlockSpec((plan.rows, products, R, H), lambda h, b, *_: (b, h, 0, 0))
-  state = pltpu.VMEM((products, R, LANES), jnp.float32)
-  block = plan.depth, plan.pages, plan.heads
+  sizes = plan(q_BQKGH, v_BKSH.shape[2], table_BC.shape[1], dict(blocks))
+  table_BC, length_B = table_BC.astype(jnp.int32), length_B.astype(jnp.int32)
+  q, scalars = _rows(sizes, q_BQKGH, table_BC, length_B)
+  back = sizes.tokens - 1 - np.arange(sizes.height) % sizes.queries // G  # tokens to the last
+  back = np.broadcast_to(back[:, None].astype(np.int32), (sizes.height, LANES))
+  each = sizes.heads // sizes.joined, sizes.height
+  mine = pl.BlockSpec((sizes.rows, *each, H), lambda h, b, *_: (b, h, 0, 0))
+  pages = sizes.depth, sizes.pages, sizes.heads
   o = pl.pallas_call(
-    functools.partial(_kernel, plan), name='paged_flash', interpret=interpret,
+    functools.partial(_kernel, sizes), name='paged_flash', interpret=interpret,
     out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=4, grid=programs, out_specs=mine,
-      in_specs=[mine, pl.BlockSpec((R, LANES), lambda *_: (0, 0)),
+      num_scalar_prefetch=5, grid=sizes.programs, out_specs=mine,
+      in_specs=[mine, pl.BlockSpec(back.shape, lambda *_: (0, 0)),
                 pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY)],
-      scratch_shapes=[pltpu.VMEM((*block, H, plan.size), k_BKHS.dtype),
-                      pltpu.VMEM((*block, plan.size, H), v_BKSH.dtype),
-                      state, state, pltpu.VMEM((products, R, H), jnp.float32),
-                      pltpu.SemaphoreType.DMA((2, plan.depth))]),
+      scratch_shapes=[pltpu.VMEM((*pages, H, sizes.size), k_BKHS.dtype),
+                      pltpu.VMEM((*pages, sizes.size, H), v_BKSH.dtype),
+                      *(pltpu.VMEM((sizes.rows, *each, x), jnp.float32) for x in (LANES, LANES, H)),
+                      pltpu.SemaphoreType.DMA((2, sizes.depth))]),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel'),
-      vmem_limit_bytes=min(vmem + (8 << 20), target.vmem())),
-  )(length, pages, turns, table_BC.reshape(-1).astype(jnp.int32), q, back, k_BKHS, v_BKSH)
-  o = o[:rows, :, :joined * plan.queries].reshape(rows, K, tokens, G, H).swapaxes(1, 2)
-  return o.reshape(B, tiles * tokens, K, G, H)[:, tiles * tokens - Q:]
+      vmem_limit_bytes=min(sizes.vmem + (8 << 20), target.vmem())),
+  )(*scalars, table_BC.reshape(-1), q, back, k_BKHS, v_BKSH)
+  o = o[:B * sizes.tiles, :, :sizes.joined * sizes.queries]
+  o = o.reshape(B * sizes.tiles, K, sizes.tokens, G, H).swapaxes(1, 2)
+  return o.reshape(B, -1, K, G, H)[:, -Q:]
 
 
 def _forward(*args):

@@ -1,38 +1,77 @@
-"""Decode attention over pages, for the static score: builders and cases."""
+"""Decode attention over pages and the writing of a token, for the static score.
+
+Loops of a dynamic length get their counts from here: those of the kernel in the order of its code,
+after the one over programs where rows take several. What runs only where a row ends within a block
+is scored as if it ran at every visit.
+"""
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from qwen3_jax.kernels.paged_flash import DEFAULT, paged_flash
+from qwen3_jax.kernels import paged_flash
 from qwen3_jax.kernels.paged_write import paged_write
 
 
-def decode(B=64, K=8, G=4, H=128, context=4096, S=128, Q=1, blocks=None, cores=1, dtype='bfloat16'):
-  """One decoding step's attention, all rows `context` tokens long; `cores` of a device."""
-  def shape(*dims, dtype=dtype):
-    return jax.ShapeDtypeStruct(dims, dtype)
-  C = -(-context // S)
-  args = [shape(B, Q, K, G, H), shape(B * C, K, H, S), shape(B * C, K, S, H),
-          shape(B, C, dtype=jnp.int32), shape(B, dtype=jnp.int32)]
-  blocks = {**DEFAULT, **(blocks or {})}
+def shape(*dims, dtype):
+  return jax.ShapeDtypeStruct(dims, dtype)
 
-  def fn(*args):
-    return paged_flash(*args, blocks=blocks, interpret=False)
-  turns = -(-C // blocks['pages'])
-  size = jnp.dtype(dtype).itemsize
-  model = dict(flops=4 * B * Q * K * G * H * context, final=B * cores,
-               hbm_bytes=(2 * B * C * K * H * S + 2 * B * Q * K * G * H) * size + 4 * B * (C + 3))
-  return dict(fn=fn, args=args, models={'paged_flash': dict(model, trips={3: B * turns * cores})})
+
+def decode(B=64, K=8, G=4, H=128, context=4096, S=128, Q=1, prefix=0, group=1, blocks=None,
+           dtype='bfloat16'):
+  """The last `Q` of `context` tokens of all rows; `group` rows share the pages of `prefix`."""
+  C = -(-context // S)
+  args = [shape(B, Q, K, G, H, dtype=dtype), shape(B * C, K, H, S, dtype=dtype),
+          shape(B * C, K, S, H, dtype=dtype), shape(B, C, dtype='int32'), shape(B, dtype='int32')]
+  blocks = {**paged_flash.DEFAULT, **(blocks or {})}
+  plan = paged_flash.plan(args[0], S, C, blocks)
+  split, programs = plan.programs
+  turns, shared = -(-C // plan.pages), prefix // (S * plan.pages)
+  attended = plan.rows * turns  # of a program
+  visits = attended - (plan.rows - -(-plan.rows // group)) * shared
+  if plan.tiles > 1:  # the stretches of a row's tokens share its pages
+    raise ValueError(f'{Q} tokens are {plan.tiles} rows of the kernel: score one')
+  main = 4 + (programs > 1)
+  trips = {main: visits * (split if programs == 1 else 1), main + 5: attended / visits}
+  item = jnp.dtype(dtype).itemsize
+  pages = programs * visits * plan.pages
+  model = dict(flops=4 * B * Q * K * G * H * context, trips=trips,
+               hbm_bytes=2 * item * (pages * K * H * S + B * Q * K * G * H) + 4 * B * (C + 4))
+  model.update({'final': B * split} if programs == 1 else {'steps': split * programs})
+  fn = functools.partial(paged_flash.paged_flash, blocks=blocks, interpret=False)
+  return dict(fn=fn, args=args, models={'paged_flash': model})
 
 
 def write(B=64, K=8, H=128, S=128, pages=2048, dtype='bfloat16'):
   """One token of every row written to its page."""
-  def shape(*dims, dtype=dtype):
-    return jax.ShapeDtypeStruct(dims, dtype)
-  args = [shape(pages, K, H, S), shape(pages, K, S, H), shape(B, dtype=jnp.int32),
-          shape(B, dtype=jnp.int32), shape(B, K, H), shape(B, K, H)]
-  size = jnp.dtype(dtype).itemsize
-  moved = B * K * H * (2 * (S + 32 // size) * size + 8)  # a page of keys and a tile of values
+  args = [shape(pages, K, H, S, dtype=dtype), shape(pages, K, S, H, dtype=dtype),
+          shape(B, dtype='int32'), shape(B, dtype='int32'), shape(B, K, H, dtype=dtype),
+          shape(B, K, H, dtype=dtype)]
+  item = jnp.dtype(dtype).itemsize
+  moved = B * K * H * (2 * (S + 32 // item) * item + 8)  # a page of keys and a tile of values
   fn = jax.jit(functools.partial(paged_write, interpret=False), donate_argnums=(0, 1))
   return dict(fn=fn, args=args, models={'paged_write': dict(hbm_bytes=moved)})
+
+
+CHIPS = {'v6e': ('v6e:2x2', '--xla_tpu_scoped_vmem_limit_kib=98304'),
+         'v5p': ('v5p:2x2x1', '--xla_tpu_scoped_vmem_limit_kib=61440')}
+
+
+def case(label, chip, builder, target_us=None, best_public_us=None, **kwargs):
+  topology, flags = CHIPS[chip]
+  return dict(label=f'{label} ({chip})', builder=builder, kwargs=kwargs, topology=topology,
+              flags=flags, target_us=target_us, best_public_us=best_public_us)
+
+
+CASES = [
+  case('decode 64 x 4096, 32/8 heads', 'v6e', 'decode', 721, 849),
+  case('decode 64 x 4096, 32/8 heads', 'v5p', 'decode', 447, 708),
+  *(case(f'{label}', chip, builder, **kwargs) for chip in CHIPS for label, builder, kwargs in (
+    ('decode, 2048 shared by 8 rows', 'decode', dict(prefix=2048, group=8)),
+    ('decode, 4 new tokens', 'decode', dict(Q=4)),
+    ('decode, 32 new tokens', 'decode', dict(Q=32)),
+    ('decode, 16/8 heads', 'decode', dict(G=2)),
+    ('decode, 40/8 heads', 'decode', dict(G=5)),
+    ('decode, 32/4 heads', 'decode', dict(K=4, G=8)),
+    ('decode, 64/4 heads', 'decode', dict(K=4, G=16)),
+    ('write a token, 64 x 8 heads', 'write', {})))]
