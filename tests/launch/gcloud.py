@@ -18,6 +18,7 @@ FAKE = Path(os.environ['FAKE_CLOUD'])
 def main(argv):
   with open(FAKE / 'calls.jsonl', 'a') as calls:
     calls.write(json.dumps(argv) + '\n')
+  take_away()
   words = [word for word in argv if not word.startswith('--')]
   flags = dict(word[2:].partition('=')[::2] for word in argv if word.startswith('--'))
   kind, action, *rest = words[2:]
@@ -57,10 +58,6 @@ def queued_resources_describe(names, flags):
     print('ERROR: NOT_FOUND: no such resource', file=sys.stderr)
     return 1
   one = resources[names[0]]
-  if (FAKE / 'lost').exists():
-    (FAKE / 'lost').unlink()
-    one['states'] = ['SUSPENDED']
-    kill_hosts()
   state = one['states'][0]
   one['states'] = one['states'][1:] or [state]
   write(resources)
@@ -106,7 +103,19 @@ def tpu_vm_scp(names, flags):
   return 0
 
 
+def take_away():
+  """Where `lost` lies, the machines are gone: nothing answers, and describe says so."""
+  if not (FAKE / 'lost').exists():
+    return
+  (FAKE / 'lost').unlink()
+  kill_hosts()
+  write({name: one | {'states': ['SUSPENDED']} for name, one in read().items()})
+
+
 def tpu_vm_ssh(names, flags):
+  if any(one['states'][0] == 'SUSPENDED' for one in read().values()):
+    print('ERROR: the machine does not answer', file=sys.stderr)
+    return 255
   for index, home in enumerate(homes(names[0])):
     home.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ, HOME=str(home), QWEN3_JAX_HOST=str(index))
