@@ -34,12 +34,12 @@ def gradient(hidden_MD, head_VD, target_M, weight_M, bits_M, bonus_M=None, entro
   if bonus_M is not None:
     bonus_M = bonus_M / temperature
     rows += [bonus_M / BITS, bonus_M * entropy_M]
-  slope = functools.partial(_slope, scale=BITS / temperature)
+  slope = functools.partial(cross_entropy_slope, scale=BITS / temperature)
   return sweep('head_gradient', slope, [(hidden_MD, head_VD)], rows, limit, sizes, interpret)
 
 
-def _slope(logits, limit, first, target_ref, bits_ref, weight_ref, bonus_ref=None, level_ref=None,
-           *, scale):
+def cross_entropy_slope(logits, limit, first, target_ref, bits_ref, weight_ref, bonus_ref=None,
+                        level_ref=None, *, scale):
   """The gradient by a part's logits: weight (p - 1 at the target) - bonus p (log p + entropy)."""
   row = place((SUBLANES, logits.shape[1]))
   target = target_ref[...] - first - row
@@ -79,7 +79,7 @@ def sweep(name, slope, sides, rows, limit, sizes, interpret):
   specs += [pl.BlockSpec((1, tokens), lambda c, v, t, _: (0, t))] * len(rows)
   dtype = sides[0][0].dtype
   d_hidden, d_head = pl.pallas_call(
-    functools.partial(_kernel, slope=slope, sides=len(sides), part=part),
+    functools.partial(_kernel, slope=slope, sides=len(sides), part=part, rows=V),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1, grid=(cores, share, steps), in_specs=specs,
       out_specs=[pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec((tile, D), of_head)],
@@ -110,7 +110,7 @@ def need(sides, sizes):
           'logits and their gradient': tile * tokens * (size + 4 * len(sides))}
 
 
-def _kernel(limit_ref, *refs, slope, sides, part):
+def _kernel(limit_ref, *refs, slope, sides, part, rows):
   pairs = [refs[2 * i:2 * i + 2] for i in range(sides)]
   *row_refs, d_hidden_ref, d_head_ref, sums_ref, signals, d_ref = refs[2 * sides:]
   hidden_ref, head_ref = pairs[0]
@@ -118,36 +118,50 @@ def _kernel(limit_ref, *refs, slope, sides, part):
   tile, token = pl.program_id(1), pl.program_id(2)
   first = (core * share + tile) * len(head_ref)
 
-  @pl.when(token == 0)
+  @pl.when((token == 0) & (first < rows))  # beyond is no tile: its block is still the last one's
   def _():
     d_head_ref[...] = jnp.zeros_like(d_head_ref)
-
-  @pl.when((token == 0) & (first + len(head_ref) > limit_ref[0]))
-  def _():  # beyond the last row is anything, and 0 times it need not be 0
     for _, ref in pairs:
-      row = jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0)
-      ref[...] = jnp.where(row < limit_ref[0] - first, ref[...], jnp.zeros_like(ref))
+      clear_beyond(limit_ref[0] - first, ref)
   slot = _exchange(sums_ref, d_hidden_ref.at[core], signals)
 
   @pl.when(first < limit_ref[0])
   def _():
-    def part_slope(logits, at):
-      d = slope(*logits, limit_ref[0] - first - at, first + at, *row_refs)
-      d_ref[at:at + part] = d.astype(d_ref.dtype)
-    _multiply(pairs, part_slope, d_ref, d_head_ref, sums_ref.at[slot], part)
+    def at_part(logits, at):
+      return slope(*logits, limit_ref[0] - first - at, first + at, *row_refs)
+    multiply(recompute(pairs, at_part, part), d_ref, d_head_ref, d_head_ref, sums_ref.at[slot],
+             hidden_ref, head_ref)
   _release(sums_ref, d_hidden_ref.at[core], signals)
 
 
-def _multiply(pairs, part_slope, d_ref, d_head_ref, sum_ref, part):
-  """A tile's logits, their gradient, and its products with hidden states and head."""
-  (hidden_ref, head_ref), rows = pairs[0], len(d_ref)
+def clear_beyond(limit, ref):
+  """Zeroes a tile's rows from `limit` on: what is past the array's end may be no number."""
+  @pl.when(limit < len(ref))
+  def _():
+    row = jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0)
+    ref[...] = jnp.where(row < limit, ref[...], jnp.zeros_like(ref))
+
+
+def recompute(pairs, slope, part):
+  """Yields the first row of each part of a tile and its gradient, `slope(logits, first)`.
+
+  The next part's logits are asked for first: their product runs beside the slope.
+  """
+  rows = len(pairs[0][1])
   def logits(at):
     return [product('vd,md->vm', head[at:at + part], hidden[...]) for hidden, head in pairs]
   following = logits(0)
   for at in range(0, rows, part):
     current, following = following, logits(at + part) if at + part < rows else None
-    part_slope(current, at)
-    d_head_ref[at:at + part] += product('vm,md->vd', d_ref[at:at + part], hidden_ref[...])
+    yield at, slope(current, at)
+
+
+def multiply(slopes, d_ref, before_ref, d_head_ref, sum_ref, hidden_ref, head_ref):
+  """Both products of a tile's gradient: `d_head_ref` is `before_ref` and one, `sum_ref` grows."""
+  for at, d in slopes:
+    rows = slice(at, at + len(d))
+    d_ref[rows] = d.astype(d_ref.dtype)
+    d_head_ref[rows] = before_ref[rows] + product('vm,md->vd', d_ref[rows], hidden_ref[...])
   sum_ref[...] += product('vm,vd->md', d_ref[...], head_ref[...])
 
 

@@ -1,14 +1,15 @@
-"""A cross-entropy with its gradient on one TPU device that multiplies three times, not four.
+"""A cross-entropy with its gradient on one TPU device that does not compute every logit twice.
 
 `head_gradient` computes all logits a second time, because the normaliser is not known before the
 last one. Here the tokens go in groups, so small that exp2(logit - running maximum) of a group can
-wait in HBM as bfloat16 until its normaliser is known: of the two rounded once more than a bfloat16
-gradient must be, except at the target, where 1 is subtracted, and which is computed anew from its
-logit. The price is HBM traffic: each group reads the head twice, and the sum of the head's gradient
-is fetched and stored. It pays where a byte costs few FLOPs (`CHIPS`; of v5e and v5p a group's
-traffic takes less than two thirds of its products' time, of v6e all of it).
+wait in HBM as bfloat16 until its normaliser is known. Such a gradient is rounded twice where once
+is needed, but at the target, where 1 is subtracted: there it is computed from the logit itself. The
+price is HBM traffic: each group reads the head twice, and fetches and stores the sum of the head's
+gradient. A chip whose bytes cost many FLOPs needs larger groups for that (`TOKENS`), and what
+is then too much to wait, the last rows' share, is computed again.
 """
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,37 +18,31 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.kernels import head_tpu
 from qwen3_jax.kernels import target as chip
-from qwen3_jax.kernels.head_tpu import BITS, LANES, LOWEST, NOWHERE, SUBLANES, place, product
+from qwen3_jax.kernels.head_gradient import clear_beyond, cross_entropy_slope, multiply, recompute
+from qwen3_jax.kernels.head_tpu import BITS, LANES, LOWEST, NOWHERE, SUBLANES, place
 
-CHIPS = ('v5e', 'v5p')
+TOKENS = {'v5e': 768, 'v5p': 768, 'v6e': 1536, 'tpu7x': 1024}  # of a group
 KEPT = 240 << 20  # bytes of HBM for a group's probabilities
-TOKENS = 768  # of a group at most: with their gradient they stay in VMEM
-BLOCKS = dict(tokens=TOKENS, rows=512, part=256)
-GRADIENT_ROWS = 256  # of a tile of the gradient's pass, a divisor of `part` or more than it
+BLOCKS = dict(tokens=768, rows=512, part=256, gradient=256)  # where the table knows nothing
 
 
 def serves(hidden_MD, head_VD):
   """Whether this is the faster form on the chip that the program is traced for."""
-  return (chip.kind() in CHIPS and hidden_MD.dtype == jnp.bfloat16
-          and len(hidden_MD) >= TOKENS // 2)
-
-
-def group(V, kept=KEPT):
-  """Tokens of a group: of each two bytes a row, in whole blocks on every core."""
-  step = LANES * chip.cores()
-  return max(step, min(TOKENS, kept // (2 * V)) // step * step)
+  return hidden_MD.dtype == jnp.bfloat16 and len(hidden_MD) >= TOKENS.get(chip.kind(), math.inf)
 
 
 def cross_entropy(hidden_MD, head_VD, target_M, weight_M, limit=None, *, temperature=1.0,
-                  vocab_axes=(), tokens=None, blocks=None, interpret=None):
+                  vocab_axes=(), tokens=None, keep=None, blocks=None, interpret=None):
   """(sum of weight * -logp, d_hidden (M, D) of this shard's rows, d_head (V, D)), float32.
 
-  Arguments as in `head_tpu.statistics` and `head_gradient.gradient`; `tokens` are a group's.
+  Arguments as in `head_tpu.statistics` and `head_gradient.gradient`; `tokens` are a group's, whose
+  probabilities wait for the first `keep` rows. Raises ValueError where the blocks exceed VMEM.
   """
   (M, D), V = hidden_MD.shape, len(head_VD)
-  tokens = min(tokens or group(V), head_tpu.round_up(M, LANES * chip.cores()))
+  tokens = min(tokens or TOKENS[chip.kind()], head_tpu.round_up(M, LANES * chip.cores()))
   step = functools.partial(_group, head_VD=head_VD, limit=limit, temperature=temperature,
-                           vocab_axes=vocab_axes, blocks=blocks, interpret=interpret)
+                           vocab_axes=vocab_axes, keep=keep or KEPT // (2 * tokens), blocks=blocks,
+                           interpret=interpret)
   whole = M // tokens
   of_tokens = hidden_MD, target_M, weight_M
 
@@ -64,67 +59,79 @@ def cross_entropy(hidden_MD, head_VD, target_M, weight_M, limit=None, *, tempera
   return loss, d_hidden, d_head
 
 
-def _group(d_head, hidden_MD, target_M, weight_M, *, head_VD, limit, temperature, vocab_axes,
+def _group(d_head, hidden_MD, target_M, weight_M, *, head_VD, limit, temperature, vocab_axes, keep,
            blocks, interpret):
   """One group's loss and d_hidden, and the sum of the head's gradient with it."""
   M, V = len(hidden_MD), len(head_VD)
   sizes = head_tpu.choose('head_kept', BLOCKS, hidden_MD, head_VD, blocks)
   per_core = head_tpu.round_up(pl.cdiv(M, chip.cores()), LANES)
-  sizes |= dict(tokens=min(sizes['tokens'], per_core))
+  tile = head_tpu.round_up(min(sizes['gradient'], V), sizes['part'])
+  sizes |= dict(tokens=min(sizes['tokens'], per_core), gradient=tile)
+  keep = V if keep >= V else keep // tile * tile
   here_M = (target_M >= 0) & (target_M < V)
   target_M = jnp.where(here_M, target_M, NOWHERE)
-  top, norm, logit, kept, kept_top = head_tpu.accumulate(
-    'head_kept', functools.partial(head_tpu.absorb, scale=BITS / temperature),
-    [LOWEST, 0.0, 0.0], [(hidden_MD, head_VD)], [target_M], limit, sizes, interpret,
-    keep=hidden_MD.dtype)
+  scale = BITS / temperature
+  top, norm, logit, *kept = head_tpu.accumulate(
+    'head_kept', functools.partial(head_tpu.absorb, scale=scale), [LOWEST, 0.0, 0.0],
+    [(hidden_MD, head_VD)], [target_M], limit, sizes, interpret, keep=(hidden_MD.dtype, keep))
   logp_M, _, bits_M = head_tpu.merge(top, norm, None, logit, vocab_axes)
   slope_M = weight_M / temperature
   rows = [target_M, bits_M, slope_M, slope_M * jnp.expm1(logp_M)]
-  d_hidden, d_head = _gradient(hidden_MD, head_VD, kept, kept_top, rows, d_head, sizes['part'],
+  d_hidden, d_head = _gradient(hidden_MD, head_VD, kept, rows, d_head, limit, scale, keep, sizes,
                                interpret)
   return -jnp.sum(weight_M * logp_M), d_hidden[:M], d_head
 
 
-def _gradient(hidden_MD, head_VD, kept, kept_top, rows, d_head, part, interpret):
+def _gradient(hidden_MD, head_VD, kept, rows, d_head, limit, scale, keep, sizes, interpret):
   """d_hidden (M, D) of a group, and `d_head` with its share added, in place."""
-  (M, D), V, tokens = hidden_MD.shape, len(head_VD), kept.shape[1]
-  tile = min(GRADIENT_ROWS, part)
+  (M, D), V, tokens = hidden_MD.shape, len(head_VD), kept[0].shape[1]
+  tile, part = sizes['gradient'], sizes['part']
   hidden_MD, *rows = head_tpu.pad(tokens, hidden_MD, *(row[None] for row in rows))
-  tiles = pl.cdiv(V, tile)
+  tiles, parts = pl.cdiv(V, tile), tile // part
   cores = min(chip.cores(), tiles)
   share = pl.cdiv(tiles, cores)
   def at(c, v):
     return jnp.minimum(c * share + v, tiles - 1)
+  def of_kept(height, i):
+    last = len(kept[0]) // part - 1
+    return pl.BlockSpec((height, tokens), lambda c, v, _: (
+      jnp.minimum(at(c, v) * parts + i + 1, last), 0))
   of_head = pl.BlockSpec((tile, D), lambda c, v, _: (at(c, v), 0))
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
+  row = pl.BlockSpec((1, tokens), lambda c, v, _: (0, 0))
+  waiting = [of_kept(height, i) for i in range(parts) for height in (part, SUBLANES)]
   d_hidden, d_head = pl.pallas_call(
-    _gradient_kernel,
+    functools.partial(_kernel, scale=scale, part=part, keep=keep, rows=V),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1, grid=(cores, share), out_specs=[anywhere, of_head],
-      in_specs=[anywhere, of_head,
-                pl.BlockSpec((tile, tokens), lambda c, v, _: (at(c, v) + part // tile, 0)),
-                pl.BlockSpec((SUBLANES, tokens), lambda c, v, _: (at(c, v) * tile // part + 1, 0)),
-                *[pl.BlockSpec((1, tokens), lambda c, v, _: (0, 0))] * len(rows), of_head],
+      in_specs=[anywhere, of_head, *[row] * len(rows), of_head, *waiting],
       scratch_shapes=[pltpu.VMEM((tokens, D), hidden_MD.dtype),
                       pltpu.VMEM((tokens, D), jnp.float32),
                       pltpu.VMEM((tile, tokens), hidden_MD.dtype), pltpu.SemaphoreType.DMA]),
     out_shape=[jax.ShapeDtypeStruct((cores, tokens, D), jnp.float32),
                jax.ShapeDtypeStruct((V, D), jnp.float32)],
-    input_output_aliases={5 + len(rows): 1},
-    compiler_params=head_tpu.parameters(('parallel', 'arbitrary'), 'head_kept_gradient', {
-      'hidden states and their gradient': tokens * D * (4 + hidden_MD.dtype.itemsize),
-      'rows x width, twice': 2 * tile * D * head_VD.dtype.itemsize,
-      'd_head in and out, twice': 4 * tile * D * 4, 'kept': 8 * tile * tokens}),
+    input_output_aliases={3 + len(rows): 1},
+    compiler_params=head_tpu.parameters(('parallel', 'arbitrary'), 'head_kept_gradient',
+                                        need(hidden_MD, sizes)),
     interpret=head_tpu.interpreted(interpret), name='head_kept_gradient',
-  )(jnp.full(1, V, jnp.int32), hidden_MD, head_VD, kept, kept_top, *rows, d_head)
+  )(head_tpu.first_rows(limit, V), hidden_MD, head_VD, *rows, d_head, *kept * parts)
   return d_hidden.sum(0)[:M], d_head
 
 
-def _gradient_kernel(rows_ref, hidden_hbm_ref, head_ref, kept_ref, top_ref, target_ref, bits_ref,
-                     slope_ref, at_target_ref, before_ref, d_hidden_hbm_ref, d_head_ref, hidden_ref,
-                     d_hidden_ref, d_ref, signal):
+def need(hidden_MD, sizes):
+  """Bytes of VMEM that the gradient of a group takes, by what they are for."""
+  (tokens, D), tile, size = hidden_MD.shape, sizes['gradient'], hidden_MD.dtype.itemsize
+  return {'hidden states and their gradient': tokens * D * (4 + size),
+          'rows x width, twice': 2 * tile * D * size, 'd_head in and out, twice': 16 * tile * D,
+          'kept, its gradient and a part of logits': tokens * (3 * size * tile + 8 * sizes['part'])}
+
+
+def _kernel(limit_ref, hidden_hbm_ref, head_ref, target_ref, bits_ref, weight_ref, at_target_ref,
+            before_ref, *refs, scale, part, keep, rows):
+  kept_refs = refs[:2 * (len(head_ref) // part)]
+  d_hidden_hbm_ref, d_head_ref, hidden_ref, d_hidden_ref, d_ref, signal = refs[len(kept_refs):]
   core, step, share = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
-  first = (core * share + step) * len(head_ref)
+  first, limit = (core * share + step) * len(head_ref), limit_ref[0]
 
   @pl.when(step == 0)
   def _():
@@ -132,26 +139,45 @@ def _gradient_kernel(rows_ref, hidden_hbm_ref, head_ref, kept_ref, top_ref, targ
     arrival.start()
     d_hidden_ref[...] = jnp.zeros_like(d_hidden_ref)
     arrival.wait()
+  clear_beyond(limit - first, head_ref)
 
-  @pl.when(first + len(head_ref) > rows_ref[0])
-  def _():  # beyond the last row is anything, and 0 times it need not be 0
-    row = jax.lax.broadcasted_iota(jnp.int32, head_ref.shape, 0)
-    head_ref[...] = jnp.where(row < rows_ref[0] - first, head_ref[...], 0).astype(head_ref.dtype)
+  def slope(at, kept_ref, top_ref):
+    return _slope(limit - first - at, first + at, kept_ref, top_ref, target_ref, bits_ref,
+                  weight_ref, at_target_ref)
+  def slope_again(logits, at):
+    return cross_entropy_slope(*logits, limit - first - at, first + at, target_ref, bits_ref,
+                               weight_ref, scale=scale)
+  refs = d_ref, before_ref, d_head_ref, d_hidden_ref, hidden_ref, head_ref
 
-  @pl.when(first < rows_ref[0])
+  @pl.when(first < jnp.minimum(limit, keep))
   def _():
-    scale = slope_ref[...] * jnp.exp2(top_ref[...] - bits_ref[...])
-    target = target_ref[...] - first - place(scale.shape)
-    at_target = jnp.broadcast_to(at_target_ref[...], scale.shape)
-    d_ref[...] = jnp.concatenate([
-      jnp.where(target == at, at_target,
-                scale * kept_ref[at:at + SUBLANES].astype(jnp.float32))
-      for at in range(0, len(d_ref), SUBLANES)]).astype(d_ref.dtype)
-    d_head_ref[...] = before_ref[...] + product('vm,md->vd', d_ref[...], hidden_ref[...])
-    d_hidden_ref[...] += product('vm,vd->md', d_ref[...], head_ref[...])
+    multiply(((at, slope(at, *kept_refs[2 * (at // part):][:2]))
+              for at in range(0, len(head_ref), part)), *refs)
+
+  if keep < rows:
+    @pl.when((first >= keep) & (first < limit))
+    def _():
+      multiply(recompute([(hidden_ref, head_ref)], slope_again, part), *refs)
+
+  @pl.when((first >= limit) & (first < rows))  # beyond is no tile: its block is the last one's
+  def _():
+    d_head_ref[...] = before_ref[...]
 
   @pl.when(step == share - 1)
   def _():
     departure = pltpu.make_async_copy(d_hidden_ref, d_hidden_hbm_ref.at[core], signal)
     departure.start()
     departure.wait()
+
+
+def _slope(limit, first, kept_ref, top_ref, target_ref, bits_ref, weight_ref, at_target_ref):
+  """The gradient by a part's logits, from what waited; that at the targets is given."""
+  scale = weight_ref[...] * jnp.exp2(top_ref[...] - bits_ref[...])
+  row = place(scale.shape)
+  target = target_ref[...] - first - row
+  at_target = jnp.broadcast_to(at_target_ref[...], scale.shape)
+  parts = []
+  for at in range(0, len(kept_ref), SUBLANES):
+    d = scale * kept_ref[at:at + SUBLANES].astype(jnp.float32)
+    parts.append(jnp.where(row < limit - at, jnp.where(target == at, at_target, d), 0))
+  return jnp.concatenate(parts)

@@ -124,9 +124,9 @@ def accumulate(name, absorb, starts, sides, rows, limit, sizes, interpret, keep=
   row is `first` and of which the first `limit` rows count, to the running results. A part is added
   beside the product of the next: the steps go on until the last one's is.
 
-  With `keep`, a type, `absorb` also gets kept_refs=, to fill with a number for each logit, of that
-  type, and eight a token: two more results, (rows, M) and (rows / part * 8, M). In them the heads'
-  first row comes after one part of nothing.
+  With `keep`, (type, count), `absorb` also gets kept_refs=, to fill with a number for each logit,
+  of that type, and eight a token: two more results, (rows, M) and (rows / part * 8, M), of the
+  first `count` rows and some more. In them the heads' first row comes after a part of nothing.
   """
   M, V = len(sides[0][0]), len(sides[0][1])
   tokens, tile, part = sizes['tokens'], sizes['rows'], sizes['part']
@@ -141,9 +141,11 @@ def accumulate(name, absorb, starts, sides, rows, limit, sizes, interpret, keep=
   steps, results = pl.cdiv(V + part, tile), [(SUBLANES, jnp.float32)] * len(starts)
   out_specs = [of_tokens] * len(starts)
   if keep is not None:
-    for height, dtype in ((tile, keep), (tile // part * SUBLANES, jnp.float32)):
-      results.append((steps * height, dtype))
-      out_specs.append(pl.BlockSpec((height, tokens), lambda t, v, _: (v, t)))
+    written = min(steps, pl.cdiv(keep[1] + part, tile) + 1)  # what is not wanted: into the last one
+    for height, dtype in ((tile, keep[0]), (tile // part * SUBLANES, jnp.float32)):
+      results.append((written * height, dtype))
+      out_specs.append(pl.BlockSpec((height, tokens),
+                                    lambda t, v, _: (jnp.minimum(v, written - 1), t)))
   found = pl.pallas_call(
     functools.partial(_kernel, absorb=absorb, starts=starts, sides=len(sides), part=part,
                       keep=keep is not None),
@@ -165,7 +167,7 @@ def need(sides, sizes, keep=None):
   width = sum(hidden.shape[1] for hidden, _ in sides) * sides[0][0].dtype.itemsize
   return {'tokens x width, twice': 2 * tokens * width, 'rows x width, twice': 2 * tile * width,
           'logits': 12 * part * tokens * len(sides), 'results': 64 * 6 * tokens,
-          'kept logits': 0 if keep is None else 2 * tile * tokens * jnp.dtype(keep).itemsize}
+          'kept logits': 0 if keep is None else 2 * tile * tokens * jnp.dtype(keep[0]).itemsize}
 
 
 def _kernel(limit_ref, *refs, absorb, starts, sides, part, keep):

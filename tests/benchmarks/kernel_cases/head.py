@@ -77,23 +77,55 @@ def pair(tokens=8192, V=151936, D=1024, other=4096, kind='reverse_kl', gradient=
   return dict(fn=run, args=args, models={name: model | dict(flops=2 * tokens * V * width)})
 
 
-def kept(tokens=768, V=151936, D=1024, blocks=None):
-  """A group's forward pass and its share of the gradient; `tokens` of 8192 take 8192 / tokens."""
+def kept(V=151936, D=1024, tokens=None, blocks=None):
+  """A group's forward pass and its share of the gradient; 8192 tokens take 8192 / tokens."""
+  tokens = tokens or head_kept.TOKENS[chip.kind()]
   hidden, head, target, row = inputs(tokens, V, D)
-  per_core = tokens // chip.cores()
-  sizes = head_tpu.choose('head_kept', head_kept.BLOCKS, hidden, head, blocks)
-  high = min(sizes['tokens'], per_core)
-  turns, steps = -(-tokens // high), -(-(V + sizes['part']) // sizes['rows'])
-  rows = min(head_kept.GRADIENT_ROWS, sizes['part'])
-  cores, tiles = chip.cores(), -(-V // rows)
-  moved = 2 * V * tokens
-  first = dict(steps=turns * steps, executed=turns * steps, init=turns, flops=2 * tokens * V * D,
-               hbm_bytes=2 * D * (tokens + turns * V) + moved)
-  second = dict(steps=cores * -(-tiles // cores), executed=tiles, init=cores, final=cores,
-                flops=4 * tokens * V * D, hbm_bytes=moved + V * D * (2 + 8))
+  sizes = head_kept.BLOCKS | head_tpu.choose('head_kept', head_kept.BLOCKS, hidden, head, blocks)
+  cores = chip.cores()
+  turns = -(-tokens // min(sizes['tokens'], tokens // cores))
+  steps = turns * -(-(V + sizes['part']) // sizes['rows'])
+  tile = sizes['gradient']
+  keep = head_kept.KEPT // (2 * tokens)
+  keep = V if keep >= V else keep // tile * tile
+  waiting, again = -(-keep // tile), -(-(V - keep) // tile)
+  first = dict(steps=steps, executed=steps, init=turns, flops=2 * tokens * V * D,
+               hbm_bytes=2 * D * (tokens + turns * V) + 2 * keep * tokens)
+  second = dict(steps=cores * -(-(waiting + again) // cores), init=cores, final=cores,
+                executed=[waiting, again] if again else waiting,
+                flops=(4 * V + 2 * (V - keep)) * tokens * D,
+                hbm_bytes=2 * keep * tokens + V * D * (2 + 8))
   def run(d_head, hidden, target, weight, head):
     return head_kept._group(d_head, hidden, target, weight, head_VD=head, limit=None,
-                            temperature=1.0, vocab_axes=(), blocks=blocks, interpret=None)
+                            temperature=1.0, vocab_axes=(), keep=keep, blocks=blocks,
+                            interpret=None)
   d_head = jax.ShapeDtypeStruct((V, D), jnp.float32)
   return dict(fn=run, args=[d_head, hidden, target, row, head],
               models={'head_kept_gradient': second, 'head_kept': first})
+
+
+def list_cases():
+  """Targets: 0.8 of the MXU's peak of 2 M V D forward, 6 M V D backward and 6 M V D of a loss."""
+  peak = {'v6e:2x2': 918e12, 'v5p:2x2x1': 459e12}
+  for topology, flops in peak.items():
+    limit = 98304 if topology.startswith('v6e') else 61440
+    for D, models in MODELS.items():
+      ideal = 2 * 8192 * 151936 * D / flops * 1e6
+      for builder, kwargs, count in (('forward', {}, 1), ('backward', {}, 3)):
+        yield dict(label=f'head {builder} {models}', builder=builder, kwargs=dict(D=D) | kwargs,
+                   topology=topology, flags=f'--xla_tpu_scoped_vmem_limit_kib={limit}',
+                   target_us=count * ideal / 0.8, best_public_us=None)
+      group = head_kept.TOKENS[topology.split(':')[0]]
+      yield dict(label=f'head loss and gradient, {group} tokens, {models}', builder='kept',
+                 kwargs=dict(D=D), topology=topology,
+                 flags=f'--xla_tpu_scoped_vmem_limit_kib={limit}',
+                 target_us=3 * ideal / 0.8 * group / 8192, best_public_us=None)
+    for gradient, count in (False, 1), (True, 7 / 5):
+      yield dict(label='head divergence ' + ('gradient' if gradient else 'value') + ', 0.6b of 8b',
+                 builder='pair', kwargs=dict(D=1024, other=4096, gradient=gradient),
+                 topology=topology, flags=f'--xla_tpu_scoped_vmem_limit_kib={limit}',
+                 target_us=count * 2 * 8192 * 151936 * 5120 / flops * 1e6 / 0.8,
+                 best_public_us=None)
+
+
+CASES = list(list_cases())
