@@ -29,8 +29,8 @@ class Blocks(NamedTuple):
   """Sizes of a step."""
   queries: int  # slots of a query block
   heads: int  # query heads side by side; rows are heads x queries
-  keys: int  # of a unit, the smallest that is visited or skipped
   chunk: int  # keys of one round of matrix products
+  units: int  # chunks visited at once where none needs a mask
   resident: int  # keys of a head that stay in VMEM; more are visited in turns
 
 
@@ -58,6 +58,8 @@ class Scratch(NamedTuple):
   delta: jax.Array
   segment: jax.Array
   bias: jax.Array
+  p: jax.Array
+  ds: jax.Array
   ds_turned: jax.Array
   dq_turned: jax.Array
   dk_turned: jax.Array
@@ -69,7 +71,7 @@ def choose(N, K, H, S, dtype):
   heads = max(d for d in range(1, 6) if N // K % d == 0)
   queries = LANES * round(1024 / heads / LANES)
   resident = target.vmem() // (8 * flash_blocks.MIB) * 1024 * 2 // jnp.dtype(dtype).itemsize
-  default = dict(queries=queries, heads=heads, keys=512, chunk=256, resident=resident)
+  default = dict(queries=queries, heads=heads, chunk=256, units=4, resident=resident)
   return Blocks(**default | table.choose('flash_backward', N=N, K=K, H=H, S=S,
                                          dtype=jnp.dtype(dtype).name))
 
@@ -79,24 +81,44 @@ def _widen(x, width):
   return x if x.shape[1] == width else jnp.concatenate([x] * (width // x.shape[1]), axis=1)
 
 
-def _column(row, lanes):
-  """A row (1, n) as lane copies of a column, (n, lanes)."""
-  return jnp.broadcast_to(row, (lanes, row.shape[1])).T
+def _columns(rows):
+  """Rows (n, m) as columns' lane copies, n x (m, LANES), exactly, by the matrix unit.
+
+  Parts of 8 bits, as bfloat16 has them, add up to the float32.
+  """
+  parts, n = [], rows.shape[0]
+  for _ in range(3):
+    bits = jax.lax.bitcast_convert_type(rows, jnp.int32) & -65536
+    parts.append(jax.lax.bitcast_convert_type(bits, jnp.float32))
+    rows = rows - parts[-1]
+  parts = jnp.concatenate(parts, axis=0).astype(jnp.bfloat16)
+  number = jax.lax.broadcasted_iota(jnp.int32, (3 * n, LANES), 0) % n
+  pick = lambda i: jnp.where(number == i, 1.0, 0.0).astype(jnp.bfloat16)
+  return [jax.lax.dot_general(parts, pick(i), (((0,), (0,)), ((), ())),
+                              preferred_element_type=jnp.float32) for i in range(n)]
 
 
 def _load(plan, q_segment_ref, lse_ref, q_ref, do_ref, o_ref, scr):
-  """Makes the rows of a query block, and their transposes, log-sum-exp and delta."""
+  """Makes the rows of a query block, their log-sum-exp and delta."""
   tq, H, lanes = plan.blocks.queries, plan.width, scr.lse.shape[1]
+  lse = _columns(lse_ref[0, 0] * LOG2E)
   for head in range(plan.blocks.heads):
     rows, lane = slice(head * tq, (head + 1) * tq), slice(head * H, (head + 1) * H)
-    q = (q_ref[0, :, lane].astype(jnp.float32) * (plan.scale * LOG2E)).astype(scr.q.dtype)
-    do = do_ref[0, :, lane]
-    scr.q[rows, :], scr.q_turned[:, rows] = q, q.T
-    scr.do[rows, :], scr.do_turned[:, rows] = do, do.T
-    delta = do.astype(jnp.float32) * o_ref[0, :, lane].astype(jnp.float32)
+    q = q_ref[0, :, lane].astype(jnp.float32) * (plan.scale * LOG2E)
+    scr.q[rows, :], scr.do[rows, :] = q.astype(scr.q.dtype), do_ref[0, :, lane]
+    delta = do_ref[0, :, lane].astype(jnp.float32) * o_ref[0, :, lane].astype(jnp.float32)
     scr.delta[rows, :] = jnp.broadcast_to(delta.sum(1, keepdims=True), (tq, lanes))
-    scr.lse[rows, :] = _column(lse_ref[0, 0, head:head + 1, :] * LOG2E, lanes)
-  scr.segment[...] = _column(q_segment_ref[0], lanes)
+    scr.lse[rows, :] = lse[head][:, :lanes]
+  scr.segment[...] = jnp.broadcast_to(q_segment_ref[0], (lanes, tq)).T
+
+
+def _exchange(plan, dq_ref, scr):
+  """Writes dq of the query block that is complete and turns the rows of the one that follows."""
+  tq, H = plan.blocks.queries, plan.width
+  for head in range(plan.blocks.heads):
+    dq = scr.dq_turned[:, head * tq:(head + 1) * tq] * plan.scale
+    dq_ref[0, :, head * H:(head + 1) * H] = dq.astype(dq_ref.dtype).T
+  scr.q_turned[...], scr.do_turned[...] = scr.q[...].T, scr.do[...].T
   scr.dq_turned[...] = jnp.zeros_like(scr.dq_turned)
 
 
@@ -116,9 +138,14 @@ def _dot(plan, a, b, contract_b=0):
                              preferred_element_type=jnp.float32)
 
 
-def _differentiate(plan, k_ref, v_ref, scr, start, bias):
-  """p and ds of all rows and the keys of a chunk, in the inputs' type."""
-  keys, chunk = pl.ds(start, plan.blocks.chunk), plan.blocks.chunk
+def _keys(plan, at):
+  """Where the keys of chunk `at` are."""
+  return pl.ds(pl.multiple_of(at * plan.blocks.chunk, plan.blocks.chunk), plan.blocks.chunk)
+
+
+def _differentiate(plan, k_ref, v_ref, scr, at, bias):
+  """p and ds of all rows and the keys of chunk `at`, in the inputs' type."""
+  keys, chunk = _keys(plan, at), plan.blocks.chunk
   s = _dot(plan, scr.q[...], k_ref[0, keys, :], 1) - _widen(scr.lse[...], chunk)
   if bias is not None:
     s = s + jnp.concatenate([bias[...]] * plan.blocks.heads, axis=0)
@@ -127,120 +154,131 @@ def _differentiate(plan, k_ref, v_ref, scr, start, bias):
   return p.astype(scr.q.dtype), (p * dp).astype(scr.q.dtype)
 
 
-def _visit(plan, k_ref, v_ref, scr, first, chunks, mask=None):
-  """Adds what `chunks` chunks of keys from `first` on give to all three gradients.
+def _add(plan, scr, at, p, ds, ds_turned):
+  """Adds what chunk `at` of the keys gives to all three gradients."""
+  keys = _keys(plan, at)
+  scr.dv_turned[:, keys] += _dot(plan, scr.do_turned[...], p)
+  scr.dq_turned[...] += _dot(plan, scr.k_turned[:, keys], ds_turned[...])
+  scr.dk_turned[:, keys] += _dot(plan, scr.q_turned[...], ds)
 
-  A chunk's scores are made before the gradients of the chunk before it, and its share of dq one
-  later still, so that products, exponentials and transposes of three chunks overlap.
+
+def _visit(plan, k_ref, v_ref, scr, pending, visited, bias=None):
+  """Makes p and ds of the chunks `visited`, and adds those of `pending` and all but the last.
+
+  The exponentials of a chunk so run beside the products of the one before it, which has left p, ds
+  and ds transposed in VMEM. Returns the new pending chunk.
   """
-  starts = [pl.multiple_of(first + n * plan.blocks.chunk, plan.blocks.chunk) for n in range(chunks)]
-  waiting = {}
-
-  def add_keys(n):
-    keys = pl.ds(starts[n], plan.blocks.chunk)
-    p, ds = waiting.pop(n)
-    scr.dv_turned[:, keys] += _dot(plan, scr.do_turned[...], p)
-    scr.dk_turned[:, keys] += _dot(plan, scr.q_turned[...], ds)
-
-  def add_queries(n):
-    k_turned = scr.k_turned[:, pl.ds(starts[n], plan.blocks.chunk)]
-    scr.dq_turned[...] += _dot(plan, k_turned, scr.ds_turned[n])
-  for n in range(chunks + 2):
-    if n < chunks:
-      if mask:
-        mask(n)
-      waiting[n] = _differentiate(plan, k_ref, v_ref, scr, starts[n], scr.bias if mask else None)
-      scr.ds_turned[n] = waiting[n][1].T
-    if 0 <= n - 1 < chunks:
-      add_keys(n - 1)
-    if 0 <= n - 2 < chunks:
-      add_queries(n - 2)
+  p, ds = scr.p[...], scr.ds[...]
+  for n, at in enumerate(visited):
+    fresh = _differentiate(plan, k_ref, v_ref, scr, at, bias)
+    _add(plan, scr, pending, p, ds, scr.ds_turned.at[n % 2])
+    pending, (p, ds) = at, fresh
+    scr.ds_turned[0 if n + 1 == len(visited) else (n + 1) % 2] = ds.T
+  scr.p[...], scr.ds[...] = p, ds
+  return pending
 
 
-def _visit_all(plan, extents, slots, k_segment_ref, k_ref, v_ref, scr):
-  """Visits the needed units of keys: two at once and one without masks, then those with."""
-  unit, chunk = plan.blocks.keys, plan.blocks.chunk
-  low, high, first, shut = extents
-  first = jnp.clip(first, low, high)
-  shut = jnp.clip(shut, first, high)
-  pairs, lead = (shut - first) // 2, first - low
+def _visit_rest(plan, extents, make_bias, k_ref, v_ref, scr, pending):
+  """Visits the needed chunks but the last: several at once where none needs a mask, else one."""
+  units = plan.blocks.units
+  low, last, first, shut = extents
+  first = jnp.clip(first, low, last)
+  rounds = (jnp.clip(shut, first, last) - first) // units
+  lead, after = first - low, first + rounds * units
   visit = functools.partial(_visit, plan, k_ref, v_ref, scr)
 
-  def two(n, _):
-    visit((first + 2 * n) * unit, 2 * unit // chunk)
+  def several(n, pending):
+    return visit(pending, [first + n * units + u for u in range(units)])
 
-  def one(n, _):
-    visit(n * unit, unit // chunk)
-
-  def masked(n, _):
-    at = jnp.where(n < lead, low + n, shut + n - lead)
-    q_slot, k_slot = slots(at)
-
-    def mask(n):
-      k_segment = k_segment_ref[0, pl.ds(at, 1), n * chunk:(n + 1) * chunk]
-      _make_bias(plan, q_slot - k_slot - n * chunk, k_segment, scr)
-    visit(at * unit, unit // chunk, mask)
-  jax.lax.fori_loop(0, pairs, two, None)
-  jax.lax.fori_loop(first + 2 * pairs, shut, one, None)
-  jax.lax.fori_loop(0, lead + high - shut, masked, None)
+  def one(n, pending):
+    at = jnp.where(n < lead, low + n, after + n - lead)
+    make_bias(at)
+    return visit(pending, [at], scr.bias)
+  pending = jax.lax.fori_loop(0, rounds, several, pending)
+  return jax.lax.fori_loop(0, lead + last - after, one, pending)
 
 
-def _kernel(plan, row_heads, low_ref, high_ref, open_ref, shut_ref, q_slot_ref, k_slot_ref,
-            q_segment_ref, k_segment_ref, lse_ref, q_ref, do_ref, o_ref, k_ref, v_ref, dq_ref,
-            dk_ref, dv_ref, *scratch):
+def _kernel(plan, low_ref, high_ref, open_ref, shut_ref, q_slot_ref, k_slot_ref, q_segment_ref,
+            k_segment_ref, lse_ref, q_ref, do_ref, o_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref,
+            pending_ref, *scratch):
   scr = Scratch(*scratch)
-  group, block = pl.program_id(1), pl.program_id(2)
-  at = pl.program_id(0) // row_heads * pl.num_programs(2) + block
-  tq, H, unit = plan.blocks.queries, plan.width, plan.blocks.keys
+  group, step, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
+  block = jnp.minimum(step, steps - 2)
+  at = pl.program_id(0) * (steps - 1) + block
 
-  def each_unit(do):
-    def run(n, _):
-      do(pl.ds(pl.multiple_of(n * unit, unit), unit))
-    jax.lax.fori_loop(0, k_ref.shape[1] // unit, run, None)
+  @pl.when(step == 0)
+  def _():  # nothing is pending; what this adds to dq is not kept
+    scr.q_turned[...] = jnp.zeros_like(scr.q_turned)
+    scr.do_turned[...] = jnp.zeros_like(scr.do_turned)
+    pending_ref[0] = 0
 
-  @pl.when((group == 0) & (block == 0))
+  @pl.when((group == 0) & (step == 0))
   def _():
-    scr.dk_turned[...] = jnp.zeros_like(scr.dk_turned)
-    scr.dv_turned[...] = jnp.zeros_like(scr.dv_turned)
+    _start(plan, k_ref, scr)
 
-    def turn(keys):
-      scr.k_turned[:, keys] = k_ref[0, keys, :].T
-    each_unit(turn)
-  some = low_ref[at] < high_ref[at]
+  def make_bias(n):
+    _make_bias(plan, q_slot_ref[block] - k_slot_ref[n], k_segment_ref[0, pl.ds(n, 1), :], scr)
+  _add(plan, scr, pending_ref[0], scr.p[...], scr.ds[...], scr.ds_turned.at[0])
+  _load(plan, q_segment_ref, lse_ref, q_ref, do_ref, o_ref, scr)
+  _exchange(plan, dq_ref, scr)
+  low = low_ref[at]
+  last = jnp.maximum(high_ref[at] - 1, low)
+  make_bias(last)
+  scr.p[...], ds = _differentiate(plan, k_ref, v_ref, scr, last, scr.bias)
+  scr.ds[...], scr.ds_turned[0] = ds, ds.T
+  extents = low, jnp.where(step == steps - 1, low, last), open_ref[at], shut_ref[at]
+  pending_ref[0] = _visit_rest(plan, extents, make_bias, k_ref, v_ref, scr, last)
 
-  @pl.when(some)
+  @pl.when((group == pl.num_programs(2) - 1) & (step == steps - 1))
   def _():
-    _load(plan, q_segment_ref, lse_ref, q_ref, do_ref, o_ref, scr)
-    extents = low_ref[at], high_ref[at], open_ref[at], shut_ref[at]
-    slots = lambda n: (q_slot_ref[block], k_slot_ref[n])
-    _visit_all(plan, extents, slots, k_segment_ref, k_ref, v_ref, scr)
-    for head in range(plan.blocks.heads):
-      dq = scr.dq_turned[:, head * tq:(head + 1) * tq].T * plan.scale
-      dq_ref[0, :, head * H:(head + 1) * H] = dq.astype(dq_ref.dtype)
-
-  @pl.when(~some)
-  def _():
-    dq_ref[...] = jnp.zeros_like(dq_ref)
-
-  @pl.when((group == pl.num_programs(1) - 1) & (block == pl.num_programs(2) - 1))
-  def _():
-    def write(keys):
-      dk_ref[0, keys, :] = (scr.dk_turned[:, keys].T * (1 / LOG2E)).astype(dk_ref.dtype)
-      dv_ref[0, keys, :] = scr.dv_turned[:, keys].T.astype(dv_ref.dtype)
-    each_unit(write)
+    _finish(plan, dk_ref, dv_ref, scr)
 
 
-def _specs(plan, K, groups, S):
-  """Block specs of the inputs and of the outputs."""
-  tq, unit, heads, H = plan.blocks.queries, plan.blocks.keys, plan.blocks.heads, plan.width
-  queries = pl.BlockSpec((1, tq, heads * H), lambda n, g, i, *_: (n // K, i, n % K * groups + g))
-  keys = pl.BlockSpec((1, S, H), lambda n, g, i, *_: (n // K, 0, n % K))
+def _in_parts(plan, keys, do):
+  """Calls `do` with slices that make up all keys."""
+  size = plan.blocks.chunk * math.gcd(plan.blocks.units, keys // plan.blocks.chunk)
+
+  def run(n, _):
+    do(pl.ds(pl.multiple_of(n * size, size), size))
+  jax.lax.fori_loop(0, keys // size, run, None)
+
+
+def _start(plan, k_ref, scr):
+  """Prepares what all queries of a key head share."""
+  for x in scr.p, scr.ds, scr.ds_turned:  # of no chunk yet, but not NaN
+    x[...] = jnp.zeros_like(x)
+
+  def turn(keys):
+    scr.k_turned[:, keys] = k_ref[0, keys, :].T
+    for x in scr.dk_turned, scr.dv_turned:
+      x[:, keys] = jnp.zeros((plan.width, keys.size), jnp.float32)
+  _in_parts(plan, k_ref.shape[1], turn)
+
+
+def _finish(plan, dk_ref, dv_ref, scr):
+  """Writes the gradients of a key head."""
+  def write(keys):
+    dk_ref[0, keys, :] = (scr.dk_turned[:, keys].T * (1 / LOG2E)).astype(dk_ref.dtype)
+    dv_ref[0, keys, :] = scr.dv_turned[:, keys].T.astype(dv_ref.dtype)
+  _in_parts(plan, dk_ref.shape[1], write)
+
+
+def _specs(plan, groups, query_blocks, S):
+  """Block specs of the inputs and of the outputs: dq is written a step after its queries came."""
+  tq, chunk, heads, H = plan.blocks.queries, plan.blocks.chunk, plan.blocks.heads, plan.width
+
+  def now(i):
+    return jnp.minimum(i, query_blocks - 1)
+  queries = pl.BlockSpec((1, tq, heads * H), lambda b, k, g, i, *_: (b, now(i), k * groups + g))
+  done = pl.BlockSpec((1, tq, heads * H),
+                      lambda b, k, g, i, *_: (b, jnp.maximum(i - 1, 0), k * groups + g))
+  keys = pl.BlockSpec((1, S, H), lambda b, k, g, i, *_: (b, 0, k))
   inputs = [
-    pl.BlockSpec((1, 1, tq), lambda n, g, i, *_: (n // K, 0, i)),
-    pl.BlockSpec((1, S // unit, unit), lambda n, g, i, *_: (n // K, 0, 0)),
-    pl.BlockSpec((1, 1, heads, tq), lambda n, g, i, *_: (n // K, n % K * groups + g, 0, i)),
+    pl.BlockSpec((1, 1, tq), lambda b, k, g, i, *_: (b, 0, now(i))),
+    pl.BlockSpec((1, S // chunk, chunk), lambda b, k, g, i, *_: (b, 0, 0)),
+    pl.BlockSpec((1, 1, heads, tq), lambda b, k, g, i, *_: (b, k * groups + g, 0, now(i))),
     queries, queries, queries, keys, keys]
-  return inputs, [queries, keys, keys]
+  return inputs, [done, keys, keys]
 
 
 def _scratch(plan, S, dtype):
@@ -253,7 +291,8 @@ def _scratch(plan, S, dtype):
     do_turned=((H, rows), dtype), k_turned=((H, S), dtype), lse=((rows, lanes), jnp.float32),
     delta=((rows, lanes), jnp.float32), segment=((blocks.queries, lanes), jnp.int32),
     bias=((blocks.queries, blocks.chunk), jnp.float32),
-    ds_turned=((2 * blocks.keys // blocks.chunk, blocks.chunk, rows), dtype),
+    p=((rows, blocks.chunk), dtype),
+    ds=((rows, blocks.chunk), dtype), ds_turned=((2, blocks.chunk, rows), dtype),
     dq_turned=((H, rows), jnp.float32), dk_turned=turned, dv_turned=turned)
 
 
@@ -277,17 +316,18 @@ def _call(plan, scalars, q_segment, k_segment, lse, q, do, o, k, v, out_dtype, i
   B, T, _ = q.shape
   S, K = k.shape[1], k.shape[2] // plan.width
   groups = lse.shape[1] // plan.blocks.heads // K
-  inputs, outputs = _specs(plan, K, groups, S)
+  query_blocks = T // plan.blocks.queries
+  inputs, outputs = _specs(plan, groups, query_blocks, S)
   lse = lse.reshape(B, K * groups, plan.blocks.heads, T)
-  scratch = [pltpu.VMEM(*x) for x in _scratch(plan, S, q.dtype)]
+  scratch = [pltpu.SMEM((1,), jnp.int32)] + [pltpu.VMEM(*x) for x in _scratch(plan, S, q.dtype)]
   return pl.pallas_call(
-    functools.partial(_kernel, plan, K),
+    functools.partial(_kernel, plan),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=len(scalars), grid=(B * K, groups, T // plan.blocks.queries),
+      num_scalar_prefetch=len(scalars), grid=(B, K, groups, query_blocks + 1),
       in_specs=inputs, out_specs=outputs, scratch_shapes=scratch),
     out_shape=[jax.ShapeDtypeStruct(x.shape, out_dtype) for x in (q, k, v)],
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
+      dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
       vmem_limit_bytes=_require_vmem(plan, S, q.dtype, out_dtype)),
     interpret=interpret, name='flash_backward',
   )(*scalars, q_segment, k_segment, lse, q, do, o, k, v)
@@ -296,8 +336,8 @@ def _call(plan, scalars, q_segment, k_segment, lse, q, do, o, k, v, out_dtype, i
 def _turns(blocks, Y, arrays, k_start_Y):
   """Keys' arrays cut into the fewest equal turns that stay in VMEM: (turns, B, keys, ..), starts."""
   each = arrays[0].shape[1] // Y
-  turns = -(-each // (blocks.resident // blocks.keys * blocks.keys))
-  size = -(-each // turns // blocks.keys) * blocks.keys
+  turns = -(-each // (blocks.resident // blocks.chunk * blocks.chunk))
+  size = -(-each // turns // blocks.chunk) * blocks.chunk
   cut = lambda x: flash_blocks.pad(x, Y, size * turns).reshape(
     x.shape[0], Y * turns, size, *x.shape[2:]).swapaxes(0, 1)
   starts = k_start_Y[:, None] + size * jnp.arange(turns, dtype=jnp.int32)
@@ -321,7 +361,7 @@ def backward(q_BTNH, k_BSKH, v_BSKH, q_segment_BT, k_segment_BS, q_start_X, k_st
   interpret = target.platform() != 'tpu' if interpret is None else interpret
   run = functools.partial(_run, chosen, window, interpret, (q_BTNH, do_BTNH, o_BTNH), lse_BNT,
                           q_segment_BT, q_start_X)
-  keys = [flash_blocks.pad(x, Y, chosen.keys) for x in (k_BSKH, v_BSKH, k_segment_BS)]
+  keys = [flash_blocks.pad(x, Y, chosen.chunk) for x in (k_BSKH, v_BSKH, k_segment_BS)]
   if keys[0].shape[1] <= chosen.resident:
     dq, *dkv = run(*keys, k_start_Y, dtype)
   else:
@@ -346,15 +386,15 @@ def _run(blocks, window, interpret, queries, lse_BNT, q_segment_BT, q_start_X, k
     return x.reshape(*x.shape[:2], -1)
   q_segment, lse = flash_blocks.pad(q_segment_BT, X, blocks.queries), lse_BNT.swapaxes(1, 2)
   extents = flash_blocks.extents(*flash_blocks.pairs(
-    q_segment, k_segment_BS, q_start_X, k_start_Y, blocks.queries, blocks.keys, window))
+    q_segment, k_segment_BS, q_start_X, k_start_Y, blocks.queries, blocks.chunk, window))
   scalars = [x.reshape(-1) for x in extents] + [
     flash_blocks.slots(q_start_X, q_segment.shape[1], blocks.queries),
-    flash_blocks.slots(k_start_Y, S, blocks.keys)]
+    flash_blocks.slots(k_start_Y, S, blocks.chunk)]
   exact = queries[0].dtype == jnp.float32
   plan = Plan(blocks, H + wide, H ** -0.5, window, jax.lax.Precision.HIGHEST if exact else None)
   gradients = _call(
     plan, scalars, jnp.where(q_segment > 0, q_segment, -1)[:, None],
-    k_segment_BS.reshape(B, -1, blocks.keys), flash_blocks.pad(lse, X, blocks.queries).swapaxes(1, 2),
+    k_segment_BS.reshape(B, -1, blocks.chunk), flash_blocks.pad(lse, X, blocks.queries).swapaxes(1, 2),
     *(flash_blocks.pad(flat(x), X, blocks.queries) for x in queries), flat(k_BSKH), flat(v_BSKH),
     dtype, interpret)
   dq, dk, dv = (x.reshape(*x.shape[:2], -1, H + wide)[..., :H] for x in gradients)

@@ -11,7 +11,7 @@ import pytest
 
 from qwen3_jax.kernels import flash_backward, reference
 
-SMALL = dict(queries=8, heads=2, keys=16, chunk=8, resident=512)
+SMALL = dict(queries=8, heads=2, chunk=8, units=2, resident=512)
 
 
 def make_inputs(B, T, S, N, K, H=8, seed=0, dtype=jnp.float32):

@@ -5,14 +5,17 @@ import jax.numpy as jnp
 from qwen3_jax.kernels import flash_backward
 
 
-def count_visits(S, queries, keys):
-  """(two unmasked units, one, masked ones) of all query blocks of one head group, plain causal."""
-  pairs = single = masked = 0
-  for first in range(0, S, queries):
-    whole = min(first + 1, S) // keys
-    needed = -(-(first + queries) // keys)
-    pairs, single, masked = pairs + whole // 2, single + whole % 2, masked + needed - whole
-  return pairs, single, masked
+def count_visits(S, blocks):
+  """(rounds of several unmasked chunks, single chunks) of a head group's steps, plain causal.
+
+  The last chunk of a query block is the first to be visited, outside these loops.
+  """
+  rounds = single = 0
+  for first in range(0, S, blocks.queries):
+    rest = -(-(first + blocks.queries) // blocks.chunk) - 1
+    whole = min((first + 1) // blocks.chunk, rest) // blocks.units
+    rounds, single = rounds + whole, single + rest - whole * blocks.units
+  return rounds, single
 
 
 def backward(N=32, K=8, S=4096, H=128, B=1, blocks=None, cores=1):
@@ -26,9 +29,10 @@ def backward(N=32, K=8, S=4096, H=128, B=1, blocks=None, cores=1):
 
   def fn(*args):
     return flash_backward.backward(*args, blocks=blocks, interpret=False)
-  steps = B * N // chosen.heads * (S // chosen.queries)
-  visits = [n / (S // chosen.queries) for n in count_visits(S, chosen.queries, chosen.keys)]
-  trips = dict(zip((2, 3, 4), visits))
-  model = dict(steps=steps, init=B * K, final=B * K, trips=trips,
+  steps = S // chosen.queries + 1
+  parts = B * K * -(-S // (chosen.chunk * chosen.units))  # of all keys, written in a loop
+  calls = B * N // chosen.heads
+  trips = {loop: n / steps for loop, n in zip((2, 3), count_visits(S, chosen))}
+  model = dict(steps=calls * steps, init=B * K, final=parts, trips=trips,
                flops=5 * B * N * S * (S + 1) * H, hbm_bytes=B * S * H * 2 * (4 * N + 4 * K))
   return dict(fn=fn, args=args, models={'flash_backward': model})
