@@ -33,7 +33,8 @@ class House:
   def __init__(self, folder):
     self.repo, self.venv, self.elsewhere = folder / 'my repo', folder / 'my env', folder / 'else'
     shutil.copytree(REPO / 'launch', self.repo / 'launch')
-    shutil.copy(REPO / 'setup.py', self.repo)
+    for name in ('setup.py', 'pyproject.toml'):
+      shutil.copy(REPO / name, self.repo)
     (self.repo / 'qwen3_jax').mkdir()
     (self.repo / 'qwen3_jax/__main__.py').write_text('import sys\n\nprint(sys.argv[1:])\n')
     self.elsewhere.mkdir()
