@@ -80,15 +80,16 @@ def choose(P, D, F, E, dtype):
   """Blocks from the table, with as few parts as this chip has cores and VMEM allow; ValueError."""
   known = table.choose('grouped_gradient', P=P, D=D, F=F, E=E, dtype=jnp.dtype(dtype).name)
   known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-  rows = min(512, P, max(128, (P // E - ALIGN) // 128 * 128))
-  blocks = Blocks(rows, tuple(sorted({min(128, rows), rows, rows + ALIGN})), math.gcd(D, 512),
-                  math.gcd(F // target.cores(), 256), target.cores(), target.cores())
+  rows = min(512, P, max(128, (P // E + 32) // 128 * 128))
+  parts, narrow = target.cores(), target.kind() in ('v5e', 'v5p')  # matrix units of 128, not 256
+  columns, hidden = (1024, 384) if narrow else (512, 256)
+  blocks = Blocks(rows, tuple(sorted({min(128, rows), rows, rows + ALIGN})), math.gcd(D, columns),
+                  hidden, parts, parts)
   blocks = blocks._replace(**known)
   for name, kernel in (('splits', 'experts_backward'), ('inputs', 'experts_backward_inputs')):
     while needs(D, F, dtype, blocks)[kernel] > room() and getattr(blocks, name) < 16:
       blocks = blocks._replace(**{name: 2 * getattr(blocks, name)})
-  part = F // blocks.splits
-  return blocks if part % blocks.hidden == 0 else blocks._replace(hidden=math.gcd(part, 256))
+  return blocks._replace(hidden=math.gcd(F // blocks.splits, blocks.hidden))
 
 
 def room():
@@ -205,21 +206,19 @@ def _hidden_gradient(h, rows, dy_ref, g_ref, u_ref, weight_ref, down_ref, dweigh
   """dg, du and (w h)^T of a tile's first h rows, zero beyond `rows`, and dw."""
   inside = jax.lax.broadcasted_iota(jnp.int32, (h, 1), 0) < rows
   weight = jnp.where(inside, weight_ref[:h], 0)
-  dweight = jnp.zeros((h, 1), jnp.float32)
+  dweight, dtype = 0, dg_ref.dtype
   for f in range(0, g_ref.shape[1], width):
     part = pl.ds(f, width)
-    dh = jnp.where(inside, _dot(dy_ref[:h], down_ref[part], NT), 0)
-    g = jnp.where(inside, g_ref[:h, part].astype(jnp.float32), 0)
-    u = jnp.where(inside, u_ref[:h, part].astype(jnp.float32), 0)
-    gated = jax.nn.sigmoid(g)
+    g, u = (ref[:h, part].astype(jnp.float32) for ref in (g_ref, u_ref))
+    gated = 0.5 + 0.5 * jnp.tanh(0.5 * g)
     silu = g * gated
     hidden = silu * u
-    dweight += jnp.sum(dh * hidden, axis=1, keepdims=True)
-    dh = dh * weight
-    dtype = dg_ref.dtype
-    dg_ref[:h, part] = (dh * u * (gated + silu * (1 - gated))).astype(dtype)
-    du_ref[:h, part] = (dh * silu).astype(dtype)
     hidden_ref[part, :h] = (hidden * weight).astype(dtype).T
+    dh = _dot(dy_ref[:h], down_ref[part], NT)
+    dweight += jnp.sum(dh * hidden, axis=1, keepdims=True)
+    dh *= weight
+    dg_ref[:h, part] = (dh * u * (gated + silu - silu * gated)).astype(dtype)
+    du_ref[:h, part] = (dh * silu).astype(dtype)
   dweight_ref[:h] = dweight
 
 
@@ -276,21 +275,22 @@ def _weights_kernel(*refs, blocks, whole, own_sums):
 
       def turn(i, _):
         at = pl.ds(pl.multiple_of(i * columns, columns), columns)
+        _accumulate(sums[2], grads[2], (slice(None), at),
+                    _dot(hidden_ref[:, :h], dy_ref[:h, at], NN), t == 0)
         if whole:
           out_refs[0][:h, at] = (_dot(dg[:h], gate_ref[at], NT) + _dot(du[:h], up_ref[at], NT)
                                  ).astype(out_refs[0].dtype)
         x_T = x_ref[:h, at].T
         _accumulate(sums[0], grads[0], (at, slice(None)), _dot(x_T, dg[:h], NN), t == 0)
         _accumulate(sums[1], grads[1], (at, slice(None)), _dot(x_T, du[:h], NN), t == 0)
-        _accumulate(sums[2], grads[2], (slice(None), at),
-                    _dot(hidden_ref[:, :h], dy_ref[:h, at], NN), t == 0)
         return 0
-      jax.lax.fori_loop(0, x_ref.shape[1] // columns, turn, 0, unroll=columns == x_ref.shape[1])
+      turns = x_ref.shape[1] // columns
+      jax.lax.fori_loop(0, turns, turn, 0, unroll=turns == 1)
     _by_height(blocks.heights, n, run)
 
   def clear(i, _):
     at = pl.ds(pl.multiple_of(i * ALIGN, ALIGN), ALIGN)
-    for ref in in_buf[:2]:  # rows that no copy has reached meet zeros in the products: no NaN there
+    for ref in in_buf[:4]:  # rows that no copy has reached meet zeros in the products: no NaN there
       ref[:, at] = jnp.zeros((2, ALIGN, ref.shape[2]), ref.dtype)
     return 0
   jax.lax.fori_loop(0, jnp.where(pl.program_id(1) == 0, tile // ALIGN, 0), clear, 0)
