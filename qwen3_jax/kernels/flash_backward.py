@@ -5,9 +5,11 @@ algorithm 2): p = exp(s - lse), ds = p (dp - delta), delta = sum(o do). Rows of 
 hundred queries of the heads that share a key head. Scores and dp are queries x keys; the gradients
 are made transposed, head_dim x tokens: p and ds are then the weights of a 256-wide matrix unit,
 where head_dim 128 as its output would leave half of it empty. Only dq needs ds turned, which the
-otherwise idle transpose unit does. Keys, values and their float32 gradients stay in VMEM for all
-queries of a key head; dq is complete at the end of a step, so nothing is summed outside the kernel.
-Grid axis 0, which v5p's two cores split, is (row, key head). Meaning: `reference.partial_attention`.
+otherwise idle transpose unit does (weights pushed transposed take a v6e twice as long). Keys,
+values and their float32 gradients stay in VMEM for all queries of a key head; dq is complete within
+a step, so nothing is summed outside the kernel. The exponentials of a chunk of keys run beside the
+products of the chunk before it, also across the ends of query blocks: step i of the grid completes
+block i - 1. v5p's two cores share the rows and key heads. Meaning: `reference.partial_attention`.
 """
 import functools
 import math
@@ -123,7 +125,10 @@ def _exchange(plan, dq_ref, scr):
 
 
 def _make_bias(plan, ahead, k_segment, scr):
-  """-inf where a query does not see a key, (queries, chunk); `ahead`: slot of query 0 - of key 0."""
+  """Makes the scores' bias, (queries, chunk): -inf where a query does not see a key.
+
+  The block's first query is `ahead` slots after the chunk's first key.
+  """
   shape = scr.bias.shape
   behind = (jax.lax.broadcasted_iota(jnp.int32, shape, 0)
             - jax.lax.broadcasted_iota(jnp.int32, shape, 1) + ahead)
@@ -334,7 +339,7 @@ def _call(plan, scalars, q_segment, k_segment, lse, q, do, o, k, v, out_dtype, i
 
 
 def _turns(blocks, Y, arrays, k_start_Y):
-  """Keys' arrays cut into the fewest equal turns that stay in VMEM: (turns, B, keys, ..), starts."""
+  """Arrays of keys cut into equal turns that fit VMEM, (turns, B, keys, ..), and their starts."""
   each = arrays[0].shape[1] // Y
   turns = -(-each // (blocks.resident // blocks.chunk * blocks.chunk))
   size = -(-each // turns // blocks.chunk) * blocks.chunk
@@ -384,7 +389,7 @@ def _run(blocks, window, interpret, queries, lse_BNT, q_segment_BT, q_start_X, k
   def flat(x):  # a head's width becomes whole lanes, and all heads one axis
     x = jnp.pad(x, [(0, 0)] * 3 + [(0, wide)]) if wide else x
     return x.reshape(*x.shape[:2], -1)
-  q_segment, lse = flash_blocks.pad(q_segment_BT, X, blocks.queries), lse_BNT.swapaxes(1, 2)
+  q_segment = flash_blocks.pad(q_segment_BT, X, blocks.queries)
   extents = flash_blocks.extents(*flash_blocks.pairs(
     q_segment, k_segment_BS, q_start_X, k_start_Y, blocks.queries, blocks.chunk, window))
   scalars = [x.reshape(-1) for x in extents] + [
@@ -392,9 +397,10 @@ def _run(blocks, window, interpret, queries, lse_BNT, q_segment_BT, q_start_X, k
     flash_blocks.slots(k_start_Y, S, blocks.chunk)]
   exact = queries[0].dtype == jnp.float32
   plan = Plan(blocks, H + wide, H ** -0.5, window, jax.lax.Precision.HIGHEST if exact else None)
+  lse = flash_blocks.pad(lse_BNT.swapaxes(1, 2), X, blocks.queries).swapaxes(1, 2)
   gradients = _call(
     plan, scalars, jnp.where(q_segment > 0, q_segment, -1)[:, None],
-    k_segment_BS.reshape(B, -1, blocks.chunk), flash_blocks.pad(lse, X, blocks.queries).swapaxes(1, 2),
+    k_segment_BS.reshape(B, -1, blocks.chunk), lse,
     *(flash_blocks.pad(flat(x), X, blocks.queries) for x in queries), flat(k_BSKH), flat(v_BSKH),
     dtype, interpret)
   dq, dk, dv = (x.reshape(*x.shape[:2], -1, H + wide)[..., :H] for x in gradients)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen3_jax.kernels import flash_backward, reference
 
@@ -62,8 +64,108 @@ def check(inputs, q_segment, k_segment, q_start=(0,), k_start=(0,), window=None,
 @pytest.mark.parametrize('kind', ['whole', 'padded', 'packed', 'repeated', 'one token',
                                   'masked row'])
 def test_segments(kind):
-  """A length that is no multiple of a block, all heads of a key head in two steps."""
+  """Lengths that are no multiple of a block; the heads of a key head in two steps."""
   segment = segments(kind, 2, 45)
   got = check(make_inputs(2, 45, 45, 8, 2), segment, segment)
   for x in got:
     assert (x[segment == 0] == 0).all()
+
+
+@pytest.mark.parametrize('N, K, sizes', [(3, 3, dict(heads=1)), (10, 2, dict(heads=5)),
+                                         (16, 1, dict(units=4, queries=16))])
+def test_head_ratios(N, K, sizes):
+  segment = segments('packed', 1, 40)
+  check(make_inputs(1, 40, 40, N, K), segment, segment, **sizes)
+
+
+@pytest.mark.parametrize('q_start, k_start, window', [
+    ((0, 60), (20, 40), None),  # a zigzag shard: one stretch of queries sees none of the keys
+    ((60, 0), (40, 0), None),  # stretches out of order, in part unseen
+    ((7, 33), (0,), None), ((25,), (0,), 9), ((0,), (0,), 13)])
+def test_stretches_and_window(q_start, k_start, window):
+  T, S = 20 * len(q_start), 20 * len(k_start) if len(k_start) > 1 else 60
+  one = jnp.ones((1, 1), jnp.int32)
+  check(make_inputs(1, T, S, 4, 2), jnp.tile(one, (1, T)), jnp.tile(one, (1, S)), q_start, k_start,
+        window)
+
+
+def test_keys_in_turns_that_do_not_fit_at_once():
+  segment = segments('packed', 2, 70)
+  check(make_inputs(2, 70, 70, 4, 2), segment, segment, resident=32)
+
+
+def test_parts_of_the_keys_add_up():
+  """With the output and log-sum-exp of all keys, the gradients of two halves of them add up."""
+  q, k, v, do = make_inputs(1, 32, 32, 4, 2)
+  segment, start = segments('packed', 1, 32), jnp.zeros(1, jnp.int32)
+  (o, lse), want = differentiate(q, k, v, do, segment, segment, start, start)
+  halves = [backward(q, k[:, at], v[:, at], segment, segment[:, at], start, start + at.start, o,
+                     lse, do, sizes=()) for at in (slice(0, 16), slice(16, 32))]
+  got = [halves[0][0] + halves[1][0]] + [jnp.concatenate(x, 1) for x in zip(*halves)][1:]
+  for a, b in zip(got, want):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_nothing_seen_gives_zero():
+  q, k, v, do = make_inputs(2, 45, 45, 8, 2)
+  ones, start = segments('whole', 2, 45), jnp.zeros(1, jnp.int32)
+  o, lse = jnp.zeros_like(q), jnp.full((2, 8, 45), -1e30)
+  for x in backward(q, k, v, ones, ones, start, start + 45, o, lse, do, sizes=()):
+    assert (x == 0).all()
+
+
+def test_huge_norms_stay_finite():
+  """Scores of some thousand: float32 rounds them by 1e-4, and p = exp(s - lse) by as much."""
+  q, k, v, do = make_inputs(2, 45, 45, 8, 2)
+  segment = segments('packed', 2, 45)
+  check((60 * q, 60 * k, v, do), segment, segment, tolerance=2e-3)
+
+
+@pytest.mark.parametrize('dtype', [None, jnp.float32])
+def test_bfloat16_is_as_near_as_a_bfloat16_meaning(dtype):
+  """Head dimension 128, the sizes of a real step; errors against float32 of the same numbers."""
+  inputs = make_inputs(1, 384, 384, 2, 1, H=128, dtype=jnp.bfloat16)
+  segment, start = segments('padded', 1, 384), jnp.zeros(1, jnp.int32)
+  place = segment, segment, start, start
+  _, exact = differentiate(*(x.astype(jnp.float32) for x in inputs), *place)
+  (o, lse), meant = differentiate(*inputs, *place)
+  q, k, v, do = inputs
+  got = backward(q, k, v, *place, o, lse, do, dtype=dtype,
+                 sizes=tuple(dict(queries=128, chunk=128).items()))
+  for a, b, c in zip(got, meant, exact):
+    assert a.dtype == (dtype or jnp.bfloat16)
+    mine, usual = (float(jnp.linalg.norm(x.astype(jnp.float32) - c)) for x in (a, b))
+    assert mine <= 2 * usual + 2e-3 * float(jnp.linalg.norm(c))
+
+
+def test_too_small_a_memory_is_told_with_numbers():
+  shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
+  S = 1 << 17
+  segment, start = shape(1, S, dtype=jnp.int32), shape(1, dtype=jnp.int32)
+  with pytest.raises(ValueError, match=r'needs .* MiB of VMEM .*keys_values 128.*blocks.resident'):
+    jax.eval_shape(functools.partial(flash_backward.backward, blocks=dict(resident=S)),
+                   shape(1, S, 4, 128), shape(1, S, 1, 128), shape(1, S, 1, 128), segment, segment,
+                   start, start, shape(1, S, 4, 128), shape(1, 4, S, dtype=jnp.float32),
+                   shape(1, S, 4, 128))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
+@pytest.mark.parametrize('T, S, N, K, H, dtype, sizes', [
+    (4096, 4096, 4, 1, 128, jnp.bfloat16, {}),
+    (2048, 3000, 5, 1, 128, jnp.bfloat16, dict(resident=1024)),
+    (1024, 1024, 2, 1, 64, jnp.float32, dict(chunk=128, units=2))])
+def test_compiles(topology, T, S, N, K, H, dtype, sizes):
+  """Mosaic takes it for every TPU: a plain step, keys in turns, and float32 of width 64."""
+  pytest.importorskip('libtpu', reason='LIBTPU ABSENT: pip install jax[tpu] brings the compiler')
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  mesh = Mesh(np.array(devices[:1]), ('x',))
+  shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(
+    dims, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+  start = shape(1, dtype=jnp.int32)
+  q, k, lse = shape(1, T, N, H), shape(1, S, K, H), shape(1, N, T, dtype=jnp.float32)
+  run = functools.partial(flash_backward.backward, window=1500 if sizes else None, blocks=sizes)
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(run).lower(q, k, k, shape(1, T, dtype=jnp.int32),
+                                  shape(1, S, dtype=jnp.int32), start, start, q, lse, q).compile()
+  assert 'flash_backward' in compiled.as_text()
