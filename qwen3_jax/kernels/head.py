@@ -177,7 +177,7 @@ def _in_kernels(hidden_BTD, *of_tokens, head_VD, first, vocab_axes, gradients, t
   if gradients and not bonus and not known and head_kept.serves(hidden_MD, head_VD):
     total, d_hidden, d_head = head_kept.cross_entropy(
       hidden_MD, head_VD, target_M - first, weight_M, vocab_axes=vocab_axes, **options)
-    return total, _summed(d_hidden, hidden_BTD, vocab_axes), d_head
+    return total, d_hidden.reshape(hidden_BTD.shape), d_head
   if known:
     bits_M, entropy_M = (x.reshape(-1) for x in known)
   else:
@@ -189,13 +189,8 @@ def _in_kernels(hidden_BTD, *of_tokens, head_VD, first, vocab_axes, gradients, t
   d_hidden, d_head = head_gradient.gradient(
     hidden_MD, head_VD, target_M - first, weight_M, bits_M, *bonus, *[entropy_M] * len(bonus),
     **options)
-  return total, _summed(d_hidden, hidden_BTD, vocab_axes), d_head
-
-
-def _summed(d_hidden_MD, hidden_BTD, vocab_axes):
-  """The gradient of `hidden_BTD`, over all shards of the vocabulary."""
-  d_hidden_MD = jax.lax.psum(d_hidden_MD, vocab_axes) if vocab_axes else d_hidden_MD
-  return d_hidden_MD.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape)
+  d_hidden = jax.lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
+  return total, d_hidden.astype(hidden_MD.dtype).reshape(hidden_BTD.shape), d_head
 
 
 def _local_values(hidden_BTD, head_VD, target_BT, temperature, size, entropy, normaliser=False,

@@ -33,7 +33,7 @@ def serves(hidden_MD, head_VD):
 
 def cross_entropy(hidden_MD, head_VD, target_M, weight_M, limit=None, *, temperature=1.0,
                   vocab_axes=(), tokens=None, keep=None, blocks=None, interpret=None):
-  """(sum of weight * -logp, d_hidden (M, D) of this shard's rows, d_head (V, D)), float32.
+  """(sum of weight * -logp, d_hidden (M, D), d_head (V, D) of this shard's rows in float32).
 
   Arguments as in `head_tpu.statistics` and `head_gradient.gradient`; `tokens` are a group's, whose
   probabilities wait for the first `keep` rows. Raises ValueError where the blocks exceed VMEM.
@@ -79,7 +79,8 @@ def _group(d_head, hidden_MD, target_M, weight_M, *, head_VD, limit, temperature
   rows = [target_M, bits_M, slope_M, slope_M * jnp.expm1(logp_M)]
   d_hidden, d_head = _gradient(hidden_MD, head_VD, kept, rows, d_head, limit, scale, keep, sizes,
                                interpret)
-  return -jnp.sum(weight_M * logp_M), d_hidden[:M], d_head
+  d_hidden = jax.lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
+  return -jnp.sum(weight_M * logp_M), d_hidden[:M].astype(hidden_MD.dtype), d_head
 
 
 def _gradient(hidden_MD, head_VD, kept, rows, d_head, limit, scale, keep, sizes, interpret):

@@ -37,8 +37,16 @@ class Statistics(NamedTuple):
 
 def serves(hidden_BTD, head_VD):
   """Whether the kernels run these shapes on the chip that the program is traced for."""
-  return (chip.platform() == 'tpu' and hidden_BTD.shape[-1] % LANES == 0
-          and len(head_VD) >= LEAST and hidden_BTD.dtype in (jnp.bfloat16, jnp.float32))
+  if chip.platform() != 'tpu':
+    return False
+  reason = None
+  if hidden_BTD.shape[-1] % LANES or len(head_VD) < LEAST:
+    reason = (f'the head is {head_VD.shape}: its width must be a multiple of {LANES} and its rows '
+              f'at least {LEAST}')
+  elif hidden_BTD.dtype not in (jnp.bfloat16, jnp.float32):
+    reason = f'the hidden states are {hidden_BTD.dtype}'
+  chip.report('head', 'chunks of logits' if reason else 'kernels', reason)
+  return reason is None
 
 
 def statistics(hidden_MD, head_VD, target_M, limit=None, *, temperature=1.0, entropy=False,

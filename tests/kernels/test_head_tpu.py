@@ -137,17 +137,12 @@ def test_on_a_mesh_that_shards_the_vocabulary(small_kernels):
   want = run(functools.partial(total, reference.token_entropy, reference.cross_entropy))(
     hidden, weights)
   ours = functools.partial(total, head.token_entropy, head.cross_entropy)
-  for shape in (dict(tensor=2, fsdp=2), None):
-    inputs = hidden, weights
-    if shape:
-      mesh = alphabet.make_mesh(shape)
-      with jax.set_mesh(mesh):
-        got = jax.jit(run(ours))(*placed(mesh, hidden_BTD=hidden, head_VD=weights))
-    else:
-      got = jax.jit(run(ours))(*inputs)
-    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
-    for a, b in zip(got[1], want[1]):
-      assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+  mesh = alphabet.make_mesh(dict(tensor=2, fsdp=2))
+  with jax.set_mesh(mesh):
+    got = jax.jit(run(ours))(*placed(mesh, hidden_BTD=hidden, head_VD=weights))
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+  for a, b in zip(got[1], want[1]):
+    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
 @pytest.mark.parametrize('kind', ['forward_kl', 'jsd'])
@@ -173,7 +168,8 @@ def test_divergences_on_a_mesh(small_kernels, kind):
 
 
 @pytest.mark.parametrize('dtype, cores, keep, size', [
-  (jnp.float32, 1, 128, 190), (jnp.bfloat16, 2, 200, 190), (jnp.float32, 2, 64, 100)], ids=str)
+  (jnp.float32, 1, 128, 190), (jnp.bfloat16, 2, 200, 190), (jnp.float32, 2, 64, 100)],
+  ids=['some', 'all', 'limited'])
 def test_probabilities_that_wait_for_their_normaliser(monkeypatch, dtype, cores, keep, size):
   """Groups of 256 tokens and the rest; bfloat16 within twice what rounding the gradient costs."""
   monkeypatch.setattr(target_chip, 'cores', lambda: cores)
@@ -185,7 +181,8 @@ def test_probabilities_that_wait_for_their_normaliser(monkeypatch, dtype, cores,
   logp, _, *want = meaning(hidden, weights, target, weight, None, 0.7, size)
   np.testing.assert_allclose(loss, -jnp.sum(weight * logp), rtol=1e-5)
   for a, b in zip(gradients, want):
-    assert np.linalg.norm(a - b) <= (1e-5 if dtype == jnp.float32 else 2 ** -8) * np.linalg.norm(b)
+    error = np.linalg.norm(np.float32(a) - b)
+    assert error <= (1e-5 if dtype == jnp.float32 else 2 ** -8) * np.linalg.norm(b)
 
 
 def test_two_cores_share_the_rows(monkeypatch):
