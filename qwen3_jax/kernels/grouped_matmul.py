@@ -20,6 +20,7 @@ from qwen3_jax.kernels import blocks as table
 from qwen3_jax.kernels import rows, target
 
 TAIL = 128  # rows of a product whose sums wait for the next tile
+DEPTH = 256  # of D in one product
 ALIGN = 64  # rows; every expert's group begins and ends at a multiple of it
 SPARE = 4 << 20  # bytes of VMEM left to the compiler
 
@@ -163,8 +164,8 @@ def _gate_up_kernel(place_s, start_s, rows_s, x_hbm, weight_ref, gate_ref, up_re
       rows.unstage(staged, tile, h)
       _spread(weight_ref, first // ALIGN, weight, h)
       _multiply(tile, weight, gate_ref, up_ref, [out.at[slot] for out in outs], h,
-                blocks.gate_columns, lambda span: rows.fetch(
-                    held, staged, place_s, first + live, height, D, tile.dtype, span))
+                blocks.gate_columns, lambda span, after: rows.fetch(
+                    held, staged, place_s, first + live + after, height, D, tile.dtype, span))
     _by_height(blocks.gate_heights, live, run)
 
     @pl.when(state[0] > 0)  # a whole tile is stored: the next one's rows overwrite what is too much
@@ -190,15 +191,39 @@ def _spread(weight_ref, first, weight, h):
 def _multiply(tile, weight, gate_ref, up_ref, outs, h, columns, fetch):
   """weight * silu(x gate) * (x up) of a tile's first h rows, and where wanted both factors.
 
-  Meanwhile fetches the next tile, some rows with each part of the columns.
+  Meanwhile fetches the next tile, a few rows between products over DEPTH of D: the compiler cannot
+  tell the weights' buffer from others, and leaves loads from it where they are among stores.
   """
-  for span, part in _shares(tile.shape[0], gate_ref.shape[1], columns):
-    g, u = _dot(tile[:h], gate_ref[:, part]), _dot(tile[:h], up_ref[:, part])
-    hidden = jax.nn.silu(g) * u * jnp.concatenate(
-        [weight[:h]] * (part.size // rows.LANES), axis=1)
-    for out, value in zip(outs, (hidden, g, u)):
-      out[:h, part] = value.astype(out.dtype)
-    fetch(span)
+  D, part = gate_ref.shape
+  turns = [(f, k) for f in range(0, part, columns) for k in range(0, D, DEPTH)]
+  after = 0
+  for (f, k), span in zip(turns, _share(tile.shape[0], len(turns))):
+    at, deep = pl.ds(f, min(columns, part - f)), pl.ds(k, min(DEPTH, D - k))
+    x = tile[:h, deep]
+    g, u = _dot(x, gate_ref[deep, at]) + (g if k else 0), _dot(x, up_ref[deep, at]) + (u if k else 0)
+    fetch(span, after)
+    after = _nothing(g)
+    if k + DEPTH >= D:
+      hidden = jax.nn.silu(g) * u * jnp.concatenate(
+          [weight[:h]] * (at.size // rows.LANES), axis=1)
+      for out, value in zip(outs, (hidden, g, u)):
+        out[:h, at] = value.astype(out.dtype)
+
+
+def _nothing(product):
+  """0, known only when the product is: what uses it is not scheduled before.
+
+  The compiler's scheduler takes what is ready first, and would gather the whole next tile before it
+  has filled the matrix unit.
+  """
+  bit = jax.lax.bitcast_convert_type(product[0, 0], jnp.int32) & 1
+  return bit * (bit ^ 1)
+
+
+def _share(count, turns):
+  """`count` rows in as many parts, as (first, end), in whole eights."""
+  ends = [count * (i + 1) // turns // 8 * 8 for i in range(turns)]
+  return list(zip([0, *ends], ends))
 
 
 def _shares(rows, width, columns):
