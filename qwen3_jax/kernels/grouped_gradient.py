@@ -166,11 +166,12 @@ def _visit_tiles(rows_E, after_E, start_E, state, blocks, load, store, visit, le
   e = pl.program_id(1)
   start, total = start_E[e], rows_E[e]
 
-  @pl.when(e == 0)
-  def _():
+  def begin(_, c):
     for i in range(3):
       state[i] = 0
     load(0, _take(after_E[0], blocks), 0, 'start')
+    return c
+  jax.lax.fori_loop(0, jnp.where(e == 0, 1, 0), begin, 0)
 
   def step(t, _):
     slot, left = state[0] & 1, total - t * blocks.rows

@@ -52,8 +52,8 @@ def models(M, X, E, D, F, size, kind, blocks):
   pieces = float((np.where(tiles >= blocks.rows, tiles - blocks.rows, tiles) / kernel.ALIGN).mean())
   whole, product = splits == 1, 2 * M * X * D * F
   loops = [1] * (D > blocks.columns)  # after each height's own region the loop in it
-  trips = {1: blocks.heights[-1] / kernel.ALIGN / E, 2: pieces / E, 3: len(tiles) / E,
-           **dict.fromkeys((4, 5, 6, 7 + len(loops) * len(uses)), pieces)}
+  trips = {1: blocks.heights[-1] / kernel.ALIGN / E, 2: 1 / E, 3: pieces, 4: len(tiles) / E,
+           **dict.fromkeys((5, 6, 7, 8 + len(loops) * len(uses)), pieces)}
   grads, rows = E * D * F * size, R * size
   first = dict(
       steps=splits * E, executed=[splits * n for n in uses for _ in (0, *loops)], trips=trips,
@@ -62,7 +62,7 @@ def models(M, X, E, D, F, size, kind, blocks):
       + (rows * D if whole else 2 * rows * F))
   second = dict(
       steps=blocks.inputs * E, executed=[blocks.inputs * n for n in uses], flops=2 * product,
-      trips={1: pieces / E, 2: len(tiles) / E, **dict.fromkeys((3, 4, 5, 6), pieces)},
+      trips={1: 1 / E, 3: len(tiles) / E, **dict.fromkeys((2, 4, 5, 6, 7), pieces)},
       hbm_bytes=blocks.inputs * 2 * rows * F + 2 * grads + rows * D)
   return {'experts_backward_inputs': second, 'experts_backward': first}
 
@@ -78,3 +78,10 @@ def backward(M=8192, X=8, E=128, D=2048, F=768, kind='balanced', dtype='bfloat16
           S((E, D, F), dtype), S((E, D, F), dtype), S((E, F, D), dtype)]
   fn = functools.partial(kernel.rows_gradient, blocks=sizes, interpret=False)
   return dict(fn=fn, args=args, models=models(M, X, E, D, F, dtype.itemsize, kind, sizes))
+
+
+PUBLIC = {'v6e:2x2': 471 + 368 + 778 + 1004 + 571, 'v5p:2x2x1': 540 + 218 + 1045 + 1506 + 858}
+CASES = [dict(label=f'experts backward, 65,536 rows, {kind}', builder='backward',
+              kwargs=dict(kind=kind), topology=topology, flags=FLAGS[topology],
+              target_us=0.75 * public, best_public_us=public)
+         for topology, public in PUBLIC.items() for kind in ('balanced', 'skewed')]
