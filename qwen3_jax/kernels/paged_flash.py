@@ -24,7 +24,8 @@ MASKED = -1e30  # finite, so that no difference of two of them is NaN
 LANES = 128
 SMEM = 768 << 10  # bytes of page numbers and lengths, of 1 MiB
 ROWS = 16 << 20  # bytes of VMEM for queries, outputs and state
-DEFAULT = dict(pages=8, depth=3, queries=128)
+PAGES, ALONE = 8, 16  # of a block by default; where a program has one kv head
+DEFAULT = dict(depth=3, queries=128)
 
 
 class Plan(NamedTuple):
@@ -266,7 +267,7 @@ def plan(q_BQKGH, size, columns, blocks):
   height = -(-joined * tokens * G // 8) * 8
   row = heads // joined * height * (4 * wide * item + 4 * (2 * LANES + wide))  # q, o twice; state
   rows = -(-B * tiles // max(-(-B * tiles * row // ROWS), cores * heads // K))
-  pages = min(blocks['pages'], columns)
+  pages = min(blocks.get('pages', PAGES if heads > 1 else ALONE), columns)
   vmem = require_vmem('paged_flash', dict(
     pages=blocks['depth'] * pages * heads * size * (H + wide) * item, rows=rows * row,
     scores=16 * height * pages * size), target.vmem(), "lower blocks['pages'] or ['depth']")
@@ -295,7 +296,8 @@ def _rows(plan, q_BQKGH, table_BC, length_B):
 def _paged_flash(q_BQKGH, k_BKHS, v_BKSH, table_BC, length_B, blocks, interpret):
   B, Q, K, G, H = q_BQKGH.shape
   sizes = plan(q_BQKGH, v_BKSH.shape[2], table_BC.shape[1], dict(blocks))
-  table_BC, length_B = table_BC.astype(jnp.int32), length_B.astype(jnp.int32)
+  table_BC = jnp.clip(table_BC.astype(jnp.int32), 0, len(k_BKHS) - 1)
+  length_B = jnp.clip(length_B.astype(jnp.int32), 0, sizes.columns * sizes.size)
   q, scalars = _rows(sizes, q_BQKGH, table_BC, length_B)
   back = sizes.tokens - 1 - np.arange(sizes.height) % sizes.queries // G  # tokens to the last
   back = np.broadcast_to(back[:, None].astype(np.int32), (sizes.height, LANES))
@@ -314,7 +316,7 @@ def _paged_flash(q_BQKGH, k_BKHS, v_BKSH, table_BC, length_B, blocks, interpret)
                       *(pltpu.VMEM((sizes.rows, *each, x), jnp.float32) for x in (LANES, LANES, H)),
                       pltpu.SemaphoreType.DMA((2, sizes.depth))]),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'parallel'),
+      dimension_semantics=('parallel', 'parallel'), disable_bounds_checks=True,  # pages are clipped
       vmem_limit_bytes=min(sizes.vmem + (8 << 20), target.vmem())),
   )(*scalars, table_BC.reshape(-1), q, back, k_BKHS, v_BKSH)
   o = o[:B * sizes.tiles, :, :sizes.joined * sizes.queries]

@@ -128,5 +128,7 @@ def paged_write(k_BKHS, v_BKSH, page_B, slot_B, k_BKH, v_BKH, *, interpret=None)
                       pltpu.VMEM((DEPTH, heads, tile, H), dtype),
                       pltpu.SemaphoreType.DMA((2, DEPTH)), pltpu.SemaphoreType.DMA((2, DEPTH))]),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel',), vmem_limit_bytes=min(vmem + (8 << 20), target.vmem())),
-  )(page_B.astype(jnp.int32), slot_B.astype(jnp.int32), *new, k_BKHS, v_BKSH)
+      dimension_semantics=('parallel',), disable_bounds_checks=True,  # both are clipped
+      vmem_limit_bytes=min(vmem + (8 << 20), target.vmem())),
+  )(jnp.clip(page_B.astype(jnp.int32), 0, len(k_BKHS) - 1),
+    jnp.clip(slot_B.astype(jnp.int32), 0, S - 1), *new, k_BKHS, v_BKSH)

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen3_jax.kernels import paged_flash
+from qwen3_jax.kernels import paged_flash, target
 from qwen3_jax.kernels.paged_write import paged_write
 
 
@@ -31,13 +31,14 @@ def decode(B=64, K=8, G=4, H=128, context=4096, S=128, Q=1, prefix=0, group=1, b
   visits = attended - (plan.rows - -(-plan.rows // group)) * shared
   if plan.tiles > 1:  # the stretches of a row's tokens share its pages
     raise ValueError(f'{Q} tokens are {plan.tiles} rows of the kernel: score one')
-  main = 4 + (programs > 1)
-  trips = {main: visits * (split if programs == 1 else 1), main + 5: attended / visits}
+  each = split * programs  # of which every core takes one, or a loop over programs is there
+  looped = each > target.cores()
+  trips = {4 + looped: visits * (1 if looped else each), 9 + looped: attended / visits}
   item = jnp.dtype(dtype).itemsize
   pages = programs * visits * plan.pages
   model = dict(flops=4 * B * Q * K * G * H * context, trips=trips,
                hbm_bytes=2 * item * (pages * K * H * S + B * Q * K * G * H) + 4 * B * (C + 4))
-  model.update({'final': B * split} if programs == 1 else {'steps': split * programs})
+  model.update({'steps': each} if looped else {'final': B * split})
   fn = functools.partial(paged_flash.paged_flash, blocks=blocks, interpret=False)
   return dict(fn=fn, args=args, models={'paged_flash': model})
 
