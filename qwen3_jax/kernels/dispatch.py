@@ -6,6 +6,7 @@ e, is not scattered (a TPU scatters one element at a time) but found: the same h
 words with the number of hits before each word, and every row searches its word, then its bit.
 """
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,25 +36,26 @@ def plan(chosen_MX, experts, rows, interpret=None):
                      f'{2 * SUBLANES} up to {LANES}; elsewhere use experts.plan')
   if interpret is None:
     interpret = target.platform() != 'tpu'
-  rank, table, field, count = rank_tokens(chosen_MX, experts, interpret)
+  rank, *tables, count = rank_tokens(chosen_MX, experts, interpret)
   count_QE = count[:, :, 0].astype(jnp.int32)
   count_E = count_QE.sum(0)
   padded_E = -(-count_E // rows) * rows
   end_E = jnp.cumsum(padded_E)
   start_QE = end_E - padded_E + jnp.cumsum(count_QE, 0) - count_QE
   total = -(-M * X // rows) * rows + experts * (rows - 1) // rows * rows
-  slot_P, row = place_rows(chosen_MX, rank, table, field, start_QE, count_QE, total, interpret)
+  slot_P, row = place_rows(chosen_MX, rank, tables, start_QE, count_QE, total, interpret)
   starts = jnp.arange(total // rows) * rows
   of_block = jnp.sum(end_E <= starts[:, None], -1)
   return slot_P, row, count_E, jnp.minimum(of_block, experts - 1)
 
 
 def rank_tokens(chosen_MX, experts, interpret):
-  """Ranks within each stretch of 4,096 tokens, and the tables from which `place_rows` inverts them.
+  """Ranks within each stretch of 4,096 tokens, and the tables with which `place_rows` inverts them.
 
-  Returns rank (8, padded M) float32; table (2, Q, E, 128) int32, for each word of 32 tokens the hits
-  before it in the stretch and its own hits as bits; field (turns, Q, E, 128) int32, for each 8
-  tokens which of their choices the expert is, 3 bits each; count (Q, E, 128) float32, a copy a lane.
+  Returns rank (8, padded M) float32; table (2, Q, E, 128) int32, for each word of 32 tokens the
+  hits before it in the stretch and its own hits as bits; field (turns, Q, E, 128) int32, for each 8
+  tokens which of their choices the expert is, 3 bits each; before (the same shape) the hits before
+  each 1,024 tokens, and count (Q, E, 128) float32 those of the stretch, a copy a lane.
   """
   M, X = chosen_MX.shape
   Q = pl.cdiv(M, STRETCH)
@@ -65,13 +67,16 @@ def rank_tokens(chosen_MX, experts, interpret):
   tokens = pl.BlockSpec((SUBLANES, TOKENS), lambda q, i: (0, q * turns + i))
   hits = pltpu.VMEM((TOKENS // WIDE * experts, WIDE), jnp.bfloat16)
   return pl.pallas_call(
-      functools.partial(_rank_body, choices=X), name='dispatch_ranks', grid=(Q, turns),
+      functools.partial(_rank_body, choices=X, unroll=not interpret),
+      name='dispatch_ranks', grid=(Q, turns),
       in_specs=[tokens, *whole],
       out_specs=[tokens, pl.BlockSpec((2, 1, experts, LANES), lambda q, i: (0, q, 0, 0)),
+                 pl.BlockSpec((1, 1, experts, LANES), lambda q, i: (i, q, 0, 0)),
                  pl.BlockSpec((1, 1, experts, LANES), lambda q, i: (i, q, 0, 0)),
                  pl.BlockSpec((1, experts, LANES), lambda q, i: (q, 0, 0))],
       out_shape=[jax.ShapeDtypeStruct(ids.shape, jnp.float32),
                  jax.ShapeDtypeStruct((2, Q, experts, LANES), jnp.int32),
+                 jax.ShapeDtypeStruct((turns, Q, experts, LANES), jnp.int32),
                  jax.ShapeDtypeStruct((turns, Q, experts, LANES), jnp.int32),
                  jax.ShapeDtypeStruct((Q, experts, LANES), jnp.float32)],
       scratch_shapes=[hits, hits],
@@ -99,7 +104,7 @@ def _matrices():
 
 
 def _rank_body(id_ref, triangle_ref, word_ref, field_ref, rank_ref, table_ref, fields_ref,
-               count_ref, hit_ref, choice_ref, *, choices):
+               before_ref, count_ref, hit_ref, choice_ref, *, choices, unroll):
   experts = count_ref.shape[1]
   turn = pl.program_id(1)
 
@@ -108,8 +113,9 @@ def _rank_body(id_ref, triangle_ref, word_ref, field_ref, rank_ref, table_ref, f
     count_ref[...] = jnp.zeros_like(count_ref)
     table_ref[0, 0] = jnp.full((experts, LANES), STRETCH, jnp.int32)
     table_ref[1, 0] = jnp.zeros((experts, LANES), jnp.int32)
-  _mark(id_ref, hit_ref, choice_ref, experts, choices)
+  _mark(id_ref, hit_ref, choice_ref, experts, choices, unroll)
   _write_words(hit_ref, choice_ref, word_ref, field_ref, table_ref, fields_ref, count_ref[0], turn)
+  before_ref[0, 0] = count_ref[0].astype(jnp.int32)
   for chunk in range(TOKENS // WIDE):
     ranks = jnp.dot(hit_ref[pl.ds(chunk * experts, experts), :], triangle_ref[...],
                     preferred_element_type=jnp.float32)
@@ -121,22 +127,26 @@ def _rank_body(id_ref, triangle_ref, word_ref, field_ref, rank_ref, table_ref, f
     count_ref[0] = before + ranks[:, WIDE:]
 
 
-def _mark(id_ref, hit_ref, choice_ref, experts, choices):
+def _mark(id_ref, hit_ref, choice_ref, experts, choices, unroll):
   """Writes hits (1 or 0) and choices (0 to 7; 0 where no hit) as (E, 256) for each 256 tokens."""
   height = 2 * SUBLANES
-  expert = jax.lax.broadcasted_iota(jnp.int32, (height, LANES), 0)
   for group in range(SUBLANES):
-    at, lanes = group // 2 * experts, slice(group % 2 * LANES, (group % 2 + 1) * LANES)
+    lanes = slice(group % 2 * LANES, (group % 2 + 1) * LANES)
     ids = [jnp.broadcast_to(id_ref[k:k + 1, group * LANES:(group + 1) * LANES], (height, LANES))
            for k in range(choices)]
-    for piece in range(0, experts, height):
+
+    def mark(piece, carry, group=group, lanes=lanes, ids=ids):
+      expert = piece * height + jax.lax.broadcasted_iota(jnp.int32, (height, LANES), 0)
       place = jnp.zeros((height, LANES), jnp.float32)
       for k in range(choices):
-        place = jnp.where(ids[k] == expert + piece, k + 1., place)
+        place = jnp.where(ids[k] == expert, k + 1., place)
       place = place.astype(jnp.bfloat16)
       hit = jnp.minimum(place, 1)
-      hit_ref[at + piece:at + piece + height, lanes] = hit
-      choice_ref[at + piece:at + piece + height, lanes] = place - hit
+      rows = pl.ds(pl.multiple_of(group // 2 * experts + piece * height, height), height)
+      hit_ref[rows, lanes] = hit
+      choice_ref[rows, lanes] = place - hit
+      return carry
+    jax.lax.fori_loop(0, experts // height, mark, 0, unroll=unroll)
 
 
 def _pick(ranks, ids):
@@ -175,9 +185,10 @@ def _write_words(hit_ref, choice_ref, word_ref, field_ref, table_ref, fields_ref
 
 HEIGHT = SUBLANES // 2  # rows of 128 positions that one group is given at a time: two at once
 GROUPS = 64  # groups whose searches are begun together: a lookup takes some 120 cycles
+VALUES = 8 << 20  # bytes of VMEM for what does not stay in registers
 
 
-def place_rows(chosen_MX, rank, table, field, start_QE, count_QE, total, interpret):
+def place_rows(chosen_MX, rank, tables, start_QE, count_QE, total, interpret):
   """slot_P and row_MX of `plan` from what `rank_tokens` found."""
   (M, X), (Q, E) = chosen_MX.shape, start_QE.shape
   ids = jnp.pad(chosen_MX.T.astype(jnp.int32), ((0, SUBLANES - X), (0, rank.shape[1] - M)))
@@ -185,37 +196,50 @@ def place_rows(chosen_MX, rank, table, field, start_QE, count_QE, total, interpr
   turns = jnp.max((first_G % LANES + count_G + HEIGHT * LANES - 1) // (HEIGHT * LANES))
   start = jnp.pad(start_QE.astype(jnp.int32), ((0, 0), (0, LANES - E)))
   wide = [jnp.broadcast_to(x[:, None], (Q * E, LANES)) for x in (first_G, count_G)]
-  tables = [x.reshape(len(x), Q * E, LANES) for x in (table, field)]
+  tables = [x.reshape(len(x), Q * E, LANES) for x in tables]
+  high = pl.cdiv(total, LANES) + HEIGHT
+  needs = 4 * (3 * rank.size + high * LANES + sum(x.size for x in (*wide, *tables))) + VALUES
+  if needs > target.vmem():
+    raise ValueError(f'the plan of {M} tokens needs {needs} bytes of VMEM, this core has '
+                     f'{target.vmem()}: give it fewer tokens at a time')
   everything = pl.BlockSpec(memory_space=pltpu.VMEM)
   slots, rows = pl.pallas_call(
       functools.partial(_place_body, choices=X, tokens=M, experts=E), name='dispatch_rows',
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=2, grid=(1,), in_specs=[everything] * 7, out_specs=[everything] * 2),
-      out_shape=[jax.ShapeDtypeStruct((pl.cdiv(total, LANES) + HEIGHT, LANES), jnp.int32),
+          num_scalar_prefetch=2, grid=(1,), in_specs=[everything] * 8, out_specs=[everything] * 2),
+      out_shape=[jax.ShapeDtypeStruct((high, LANES), jnp.int32),
                  jax.ShapeDtypeStruct(rank.shape, jnp.int32)],
-      interpret=interpret)(turns[None], first_G, ids, rank, start, *wide, *tables)
+      compiler_params=pltpu.CompilerParams(vmem_limit_bytes=needs), interpret=interpret,
+  )(turns[None], first_G, ids, rank, start, *wide, *tables)
   return slots.reshape(-1)[:total], rows[:X, :M].T
 
 
 def _place_body(turns_ref, first_ref, id_ref, rank_ref, base_ref, start_ref, count_ref, table_ref,
-                field_ref, slot_ref, row_ref, *, choices, tokens, experts):
+                field_ref, before_ref, slot_ref, row_ref, *, choices, tokens, experts):
   slot_ref[...] = jnp.full(slot_ref.shape, tokens * choices, jnp.int32)
-  for tile in range(id_ref.shape[1] // LANES):
-    lanes = slice(tile * LANES, (tile + 1) * LANES)
-    q = tile * LANES // STRETCH
-    base = jnp.broadcast_to(base_ref[q:q + 1], (SUBLANES, LANES))
-    row_ref[:, lanes] = rank_ref[:, lanes].astype(jnp.int32) + _gather(base, id_ref[:, lanes], 1)
-  steps = len(first_ref) // GROUPS
+
+  width = id_ref.shape[1] // base_ref.shape[0]
+
+  def add_start(q, carry):
+    base = jnp.broadcast_to(base_ref[pl.ds(q, 1), :], (SUBLANES, LANES))
+    stretch = pl.ds(pl.multiple_of(q * width, width), width)
+    ids, ranks, rows = (ref.at[:, stretch] for ref in (id_ref, rank_ref, row_ref))
+    for lanes in (slice(n, n + LANES) for n in range(0, width, LANES)):
+      rows[:, lanes] = ranks[:, lanes].astype(jnp.int32) + _gather(base, ids[:, lanes], 1)
+    return carry
+  jax.lax.fori_loop(0, base_ref.shape[0], add_start, 0)
+  side = math.gcd(experts, GROUPS)  # of one stretch
+  steps = len(first_ref) // side
 
   def visit(n, carry):
     turn, step = n // steps, n % steps
-    at = pl.multiple_of(step * GROUPS, GROUPS)
-    rows = pl.ds(at, GROUPS)
+    at = pl.multiple_of(step * side, side)
+    rows = pl.ds(at, side)
     views = [ref.at[rows] for ref in (start_ref, count_ref)]
-    views += [ref.at[:, rows] for ref in (table_ref, field_ref)]
+    views += [ref.at[:, rows] for ref in (table_ref, field_ref, before_ref)]
     token, choice, own = _find(*views, turn)
     slot = (at // experts * STRETCH + token) * choices + choice
-    for group in range(GROUPS):
+    for group in range(side):
       part = slice(group * HEIGHT, (group + 1) * HEIGHT)
       row = pl.ds((first_ref[at + group] >> 7) + turn * HEIGHT, HEIGHT)
       slot_ref[row, :] = jnp.where(own[part], slot[part], slot_ref[row, :])
@@ -223,7 +247,7 @@ def _place_body(turns_ref, first_ref, id_ref, rank_ref, base_ref, start_ref, cou
   jax.lax.fori_loop(0, turns_ref[0] * steps, visit, 0)
 
 
-def _find(start_ref, count_ref, table_ref, field_ref, turn):
+def _find(start_ref, count_ref, table_ref, field_ref, before_ref, turn):
   """Of 4 x 128 rows of each group: the token in its stretch, the choice, and whether it is the
   group's own.
 
@@ -247,7 +271,9 @@ def _find(start_ref, count_ref, table_ref, field_ref, turn):
   sublane, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, n) for n in range(2))
   position = (sublane % HEIGHT + turn * HEIGHT) * LANES + lane
   rank = position - (spread(start_ref) & (LANES - 1))
-  word = climb(climb(climb(climb(jnp.zeros(shape, jnp.int32), 32, 3), 8, 3), 2, 3), 1, 1)
+  word = sum((jnp.where(spread(before_ref.at[n]) <= rank, TOKENS // WORD, 0)
+              for n in range(1, before_ref.shape[0])), jnp.zeros(shape, jnp.int32))
+  word = climb(climb(climb(word, 8, 3), 2, 3), 1, 1)
   left, bits = rank - lookup(table_ref, 0, word), lookup(table_ref, 1, word)
   bit = jnp.zeros(shape, jnp.int32)
   for n in (16, 8, 4, 2, 1):

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen3_jax.kernels import grouped_matmul, target
+from qwen3_jax.kernels import dispatch, grouped_matmul, target
 
 ROWS = 64  # rows of one CPU block in training; small batches use smaller ones
 UNROLL = 8  # blocks in one turn of the loop: what does not depend on each other runs at once
@@ -132,8 +132,10 @@ def plan(chosen_MX, experts, rows):
 
   Returns slot_P (the assignment m * X + x of each row; M * X where the row is padding), row_MX
   (the row of each assignment), count_E (assignments of each expert) and the expert of each block
-  of rows.
+  of rows. A token's chosen experts are different. On TPU `dispatch.plan` finds the same.
   """
+  if target.platform() == 'tpu' and dispatch.fits(experts, chosen_MX.shape[1]):
+    return dispatch.plan(chosen_MX, experts, rows)
   A = chosen_MX.size
   flat_A = chosen_MX.reshape(-1)
   order_A = jnp.argsort(flat_A, stable=True)

@@ -119,9 +119,10 @@ def route(logits_ME, real_M, chosen, renormalise):
   """A router: ids of the `chosen` largest logits (the lower id of equal ones first) and their gates
   (M, X), then sums over real tokens: assignments and softmax probabilities (E) and logsumexp^2.
   """
-  logits_ME = logits_ME.astype(jnp.float32) + 0.  # -0 and 0 are equal, as their probabilities are
+  logits_ME = logits_ME.astype(jnp.float32)
   probability_ME = jax.nn.softmax(logits_ME, -1)
-  chosen_MX = jax.lax.top_k(logits_ME, chosen)[1]
+  # top_k puts 0 before -0, whose probabilities are equal.
+  chosen_MX = jax.lax.top_k(jnp.where(logits_ME == 0, 0, logits_ME), chosen)[1]
   gate_MX = jnp.take_along_axis(probability_ME, chosen_MX, -1)
   if renormalise:
     gate_MX = gate_MX / gate_MX.sum(-1, keepdims=True)

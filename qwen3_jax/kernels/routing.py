@@ -1,12 +1,13 @@
-"""A mixture's router on TPU: the chosen experts, their gates and the balance statistics in one pass.
+"""A mixture's router on TPU: chosen experts, their gates and the balance statistics in one pass.
 
 Meaning: `reference.route`. Logits lie with experts first. A block of 1,024 tokens is one vector
-register for each expert, so that nothing but the vector unit's compares and selects is needed: each
-expert is inserted into the sorted list of the best so far, which keeps ties in the order of ids.
-The gradient is a few elementwise operations on (M, E) that XLA fuses. Where the chosen experts'
+register for each expert, so that nothing crosses lanes: a network of maxima and minima finds the
+best 8 logits, a second pass asks whose they are. Only a block in which equal logits leave that open
+inserts each expert into a sorted list instead, which keeps ties in the order of ids. The gradient is a few elementwise operations on (M, E) that XLA fuses. Where the chosen experts'
 rows go: `dispatch.py`.
 """
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from qwen3_jax.kernels import target
 LANES, SUBLANES = 128, 8
 TOKENS = LANES * SUBLANES  # of one block
 LOWEST = float(jnp.finfo(jnp.float32).min)  # stands for -inf and NaN: every expert has a place
+UNROLL = 32  # experts in one turn of a loop: a turn begins and ends with some 40 idle cycles
 
 
 class Routing(NamedTuple):
@@ -51,7 +53,7 @@ def _forward(logits_ME, real_M, chosen, renormalise, interpret):
   M, E = logits_ME.shape
   check(E, chosen)
   blocks = pl.cdiv(M, TOKENS)
-  cores = 2 if blocks % 2 == 0 else 1  # sums of their own for each half: both cores of a v5p work
+  cores = math.gcd(blocks, target.cores())  # each has sums of its own
   pad = blocks * TOKENS - M
   logits_EM = jnp.pad(logits_ME.astype(jnp.float32).T, ((0, 0), (0, pad)))
   real = jnp.pad(real_M.astype(jnp.float32), (0, pad)).reshape(-1, LANES)
@@ -59,7 +61,7 @@ def _forward(logits_ME, real_M, chosen, renormalise, interpret):
 
   def block(core, turn):
     return core * turns + turn
-  flat = pltpu.VMEM((SUBLANES * stride(E), LANES), jnp.float32)
+  strided, flat = (pltpu.VMEM((SUBLANES * n, LANES), jnp.float32) for n in (stride(E), E))
   of_core = pl.BlockSpec((1, E, LANES), lambda c, i: (c, 0, 0))
   of_tokens = pl.BlockSpec((chosen, SUBLANES, LANES), lambda c, i: (0, block(c, i), 0))
   narrow = (chosen, blocks * SUBLANES, LANES)
@@ -71,7 +73,7 @@ def _forward(logits_ME, real_M, chosen, renormalise, interpret):
                  pl.BlockSpec((1, SUBLANES, LANES), lambda c, i: (c, 0, 0))],
       out_shape=[jax.ShapeDtypeStruct(narrow, jnp.int32), jax.ShapeDtypeStruct(narrow, jnp.float32),
                  *(jax.ShapeDtypeStruct((cores, n, LANES), jnp.float32) for n in (E, E, SUBLANES))],
-      scratch_shapes=[flat, flat],
+      scratch_shapes=[strided, flat, flat, flat, flat],
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
       interpret=target.platform() != 'tpu' if interpret is None else interpret,
   )(logits_EM, real)
@@ -84,8 +86,7 @@ def check(experts, chosen):
   if not fits(experts, chosen):
     raise ValueError(f'{chosen} of {experts} experts: want at most {SUBLANES} of a multiple of '
                      f'{SUBLANES}; elsewhere use the plain form (reference.route)')
-  needs = 4 * LANES * (2 * SUBLANES * (stride(experts) + experts) + 8 * experts + 6 * TOKENS // LANES
-                       * chosen)
+  needs = 4 * LANES * SUBLANES * (stride(experts) + 7 * experts + 4 * chosen)
   if needs > target.vmem():
     raise ValueError(f'the router of {experts} experts needs {needs} bytes of VMEM for a block of '
                      f'{TOKENS} tokens, this core has {target.vmem()}')
@@ -96,42 +97,48 @@ def stride(experts):
   return experts + SUBLANES if experts // SUBLANES % 2 == 0 else experts
 
 
-def _body(logits_ref, real_ref, id_ref, gate_ref, count_ref, probability_ref, z_ref, flat_ref,
-          exp_ref, *, renormalise):
+def _body(logits_ref, real_ref, id_ref, gate_ref, count_ref, probability_ref, z_ref, strided_ref,
+          flat_ref, exp_ref, counts_ref, probabilities_ref, *, renormalise):
   """One block: (E, 1024) logits, tokens as 8 groups of 128 lanes."""
   experts, chosen = logits_ref.shape[0], id_ref.shape[0]
 
   @pl.when(pl.program_id(1) == 0)
   def _():
-    for ref in (count_ref, probability_ref, z_ref):
+    for ref in (counts_ref, probabilities_ref, z_ref):
       ref[...] = jnp.zeros_like(ref)
-  _regroup(logits_ref, flat_ref)
-  best = _best(flat_ref, experts)[:chosen]
-  total, tied = _identify(flat_ref, exp_ref, id_ref, best, experts)
-
-  @pl.when(tied)
-  def _():
-    _insert(flat_ref, id_ref, experts)
+  _regroup(logits_ref, strided_ref)
+  best = _best(strided_ref, flat_ref)[:chosen]
+  total, undecided = _identify(flat_ref, exp_ref, id_ref, best)
   real = real_ref[...]
   exps = [jnp.exp(value - best[0]) for value in best]
   scale = 1 / (sum(exps) if renormalise else total)
   for k, e in enumerate(exps):
     gate_ref[k] = e * scale
   z_ref[0] += real * (best[0] + jnp.log(total)) ** 2
-  _sums(flat_ref, exp_ref, real, real / total, (best[-1], id_ref[chosen - 1]), count_ref,
-        probability_ref)
+
+  @pl.when(jnp.any(undecided))
+  def _():
+    _insert(flat_ref, id_ref)
+    _lower(flat_ref, best[-1], id_ref[chosen - 1])
+  _add_sums(flat_ref, exp_ref, real, real / total, best[-1], counts_ref, probabilities_ref)
+
+  @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+  def _():
+    for sums_ref, out_ref in ((counts_ref, count_ref), (probabilities_ref, probability_ref)):
+      out_ref[0] = sum(sums_ref[pl.ds(n, experts, stride=SUBLANES), :] for n in range(SUBLANES))
 
 
-def _rows(ref, expert, experts):
-  """One expert's value for 1,024 tokens, as one register."""
-  return ref.at[pl.ds(expert, SUBLANES, stride=stride(experts)), :]
-
-
-def _regroup(logits_ref, flat_ref):
+def _regroup(logits_ref, strided_ref):
+  """Lays the groups of 128 tokens so that a strided load brings one expert's 8 rows."""
   experts = logits_ref.shape[0]
   for group in range(SUBLANES):
     x = logits_ref[:, group * LANES:(group + 1) * LANES]
-    flat_ref[pl.ds(group * stride(experts), experts), :] = jnp.where(x > LOWEST, x, LOWEST)
+    strided_ref[pl.ds(group * stride(experts), experts), :] = jnp.where(x > LOWEST, x, LOWEST)
+
+
+def _rows(expert):
+  """One expert's value for 1,024 tokens, as one register."""
+  return pl.ds(pl.multiple_of(expert * SUBLANES, SUBLANES), SUBLANES), slice(None)
 
 
 SORT = (((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 2), (1, 3), (4, 6), (5, 7)), ((1, 2), (5, 6)),
@@ -147,46 +154,56 @@ def _order(values, network):
   return values
 
 
-def _best(flat_ref, experts):
-  """The 8 largest logits of each token, largest first: eight by eight sorted, and merged."""
+def _best(strided_ref, flat_ref):
+  """The 8 largest logits of each token, largest first: eight by eight sorted, and merged.
+
+  Copies the logits to `flat_ref`, 8 rows for each expert.
+  """
+  experts = flat_ref.shape[0] // SUBLANES
+
   def merge(piece, best):
-    new = _order([_rows(flat_ref, piece * 8 + n, experts)[...] for n in range(8)], SORT)
-    return tuple(_order(map(jnp.maximum, best, new[::-1]), MERGE))
+    new = []
+    for expert in (piece * 8 + n for n in range(8)):
+      new.append(strided_ref[pl.ds(expert, SUBLANES, stride=stride(experts)), :])
+      flat_ref[_rows(expert)] = new[-1]
+    return tuple(_order(map(jnp.maximum, best, _order(new, SORT)[::-1]), MERGE))
   lowest = (jnp.full((SUBLANES, LANES), -jnp.inf, jnp.float32),) * 8
-  return jax.lax.fori_loop(0, experts // 8, merge, lowest, unroll=2)
+  return jax.lax.fori_loop(0, experts // 8, merge, lowest, unroll=UNROLL // 8)
 
 
-def _identify(flat_ref, exp_ref, id_ref, best, experts):
+def _identify(flat_ref, exp_ref, id_ref, best):
   """Writes whose the `best` logits are, and exp(logit - best) of all experts.
 
-  Returns the sum of these, and whether equal logits leave any token's ids undecided.
+  Returns the sum of these, and whether equal logits leave a token's ids undecided.
   """
   chosen = len(best)
 
   def compare(n, carry):
     total, met, ids = carry
-    x = _rows(flat_ref, n, experts)[...]
+    x = flat_ref[_rows(n)]
     e = jnp.exp(x - best[0])
-    _rows(exp_ref, n, experts)[...] = e
-    ids = tuple(jnp.where(x == value, n, index) for value, index in zip(best, ids))
-    return total + e, met + jnp.where(x == best[-1], n + 1, 0), ids
+    exp_ref[_rows(n)] = e
+    same = [x == value for value in best]
+    ids = tuple(jnp.where(hit, n + 1, index) for hit, index in zip(same, ids))
+    return total + e, met + jnp.where(same[-1], n + 1, 0), ids
   zero = jnp.zeros((SUBLANES, LANES), jnp.int32)
   total, met, ids = jax.lax.fori_loop(
-      0, experts, compare, (zero.astype(jnp.float32), zero, (zero,) * chosen), unroll=8)
-  undecided = met != ids[-1] + 1
+      0, flat_ref.shape[0] // SUBLANES, compare,
+      (zero.astype(jnp.float32), zero, (zero,) * chosen), unroll=UNROLL)
+  undecided = met != ids[-1]
   for k in range(chosen):
-    id_ref[k] = ids[k]
+    id_ref[k] = ids[k] - 1
     if k:
       undecided |= best[k - 1] == best[k]
-  return total, jnp.any(undecided)
+  return total, undecided
 
 
-def _insert(flat_ref, id_ref, experts):
+def _insert(flat_ref, id_ref):
   """Writes the ids where logits are equal: each expert goes behind those that are as good."""
   chosen = id_ref.shape[0]
 
   def insert(expert, top):
-    x = _rows(flat_ref, expert, experts)[...]
+    x = flat_ref[_rows(expert)]
     above = [x > value for value, _ in top]
     best = [(jnp.maximum(top[0][0], x), jnp.where(above[0], expert, top[0][1]))]
     for k in range(1, chosen):
@@ -196,34 +213,28 @@ def _insert(flat_ref, id_ref, experts):
     return tuple(best)
   empty = (jnp.full((SUBLANES, LANES), -jnp.inf, jnp.float32),
            jnp.zeros((SUBLANES, LANES), jnp.int32))
-  top = jax.lax.fori_loop(0, experts, insert, (empty,) * chosen)
+  top = jax.lax.fori_loop(0, flat_ref.shape[0] // SUBLANES, insert, (empty,) * chosen)
   for k in range(chosen):
     id_ref[k] = top[k][1]
 
 
-def _sums(flat_ref, exp_ref, real, scale, last, count_ref, probability_ref):
-  """Adds each expert's real assignments and probabilities, lane by lane.
-
-  An expert is chosen where its logit is above the `last` chosen one's, or equal with no higher id.
-  """
-  experts = count_ref.shape[1]
-
-  def add(piece, carry):
-    at = pl.multiple_of(piece * SUBLANES, SUBLANES)
-    expert = at + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
-    count = probability = jnp.zeros((SUBLANES, LANES), jnp.float32)
-    for group in range(SUBLANES):
-      rows = pl.ds(group * stride(experts) + at, SUBLANES)
-      x = flat_ref[rows, :]
-      value, index, weight, share = (
-          jnp.broadcast_to(y[group:group + 1], x.shape) for y in (*last, real, scale))
-      hit = (x > value) | ((x == value) & (expert <= index))
-      count += jnp.where(hit, weight, 0)
-      probability += exp_ref[rows, :] * share
-    count_ref[0, pl.ds(at, SUBLANES), :] += count
-    probability_ref[0, pl.ds(at, SUBLANES), :] += probability
+def _lower(flat_ref, last, index):
+  """Puts what equals the last chosen logit but has a higher id out of the way of `_add_sums`."""
+  def lower(expert, carry):
+    x = flat_ref[_rows(expert)]
+    flat_ref[_rows(expert)] = jnp.where((x == last) & (expert > index), -jnp.inf, x)
     return carry
-  jax.lax.fori_loop(0, experts // SUBLANES, add, 0, unroll=2)
+  jax.lax.fori_loop(0, flat_ref.shape[0] // SUBLANES, lower, 0)
+
+
+def _add_sums(flat_ref, exp_ref, real, scale, last, counts_ref, probabilities_ref):
+  """Adds each expert's real assignments and probabilities, token by token of the block."""
+  def add(expert, carry):
+    rows = _rows(expert)
+    counts_ref[rows] += jnp.where(flat_ref[rows] >= last, real, 0)
+    probabilities_ref[rows] += exp_ref[rows] * scale
+    return carry
+  jax.lax.fori_loop(0, flat_ref.shape[0] // SUBLANES, add, 0, unroll=UNROLL)
 
 
 def _route_forward(logits_ME, real_M, chosen, renormalise, interpret):

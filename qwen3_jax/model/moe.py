@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 
 from qwen3_jax import mesh as alphabet
 from qwen3_jax.kernels import experts as kernel
+from qwen3_jax.kernels import routing, target
 from qwen3_jax.kernels.linear import swiglu
 from qwen3_jax.model.lora import project
 
@@ -57,6 +58,9 @@ class Moe(nnx.Module):
     """
     logits_BTE = jnp.einsum('BTD,DE->BTE', x_BTD.astype(jnp.float32),
                             self.router_DE[...].astype(jnp.float32))
+    if routes is None and target.platform() == 'tpu' and routing.fits(spec.experts, spec.chosen):
+      routes, gate_BTX, balance = _route(logits_BTE, context.segment_BT, spec)
+      return self._experts(x_BTD, routes, gate_BTX.astype(x_BTD.dtype)), balance, routes
     probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     if routes is None:
       gate_BTX, routes = jax.lax.top_k(probability_BTE, spec.chosen)
@@ -70,6 +74,32 @@ class Moe(nnx.Module):
   def _experts(self, x_BTD, routes_BTX, gate_BTX):
     weights = [w[...].astype(x_BTD.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
     return _sharded_experts(x_BTD, routes_BTX, gate_BTX, *weights)
+
+
+def _route(logits_BTE, segment_BT, spec):
+  """The router's kernel on each device's own tokens: routes, gates and the global `Balance`."""
+  real_BT = (segment_BT > 0).astype(jnp.float32)
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or math.prod(mesh.shape.values()) == 1:
+    routes, gate_BTX, *sums = _flat_route(logits_BTE, real_BT, spec)
+    return routes, gate_BTX, Balance(*sums)
+  rows = alphabet.partition('BT', real_BT.shape, mesh)
+  whole, wide = PartitionSpec(), PartitionSpec(*rows, None)
+  body = functools.partial(_flat_route, spec=spec, axes=jax.tree.leaves(tuple(rows)))
+  routes, gate_BTX, *sums = jax.shard_map(
+      body, in_specs=(wide, rows), out_specs=(wide, wide, *[whole] * 4), check_vma=False)(
+          logits_BTE, real_BT)
+  return routes, gate_BTX, Balance(*sums)
+
+
+def _flat_route(logits_BTE, real_BT, spec, axes=()):
+  out = routing.route(logits_BTE.reshape(-1, spec.experts), real_BT.reshape(-1), spec.chosen,
+                      spec.renormalise)
+  sums = out.count_E, out.probability_E, out.z, real_BT.sum()
+  if axes:
+    sums = jax.lax.psum(sums, axes)
+  shape = (*real_BT.shape, spec.chosen)
+  return out.chosen_MX.reshape(shape), out.gate_MX.reshape(shape), *sums
 
 
 def _balance(logits_BTE, probability_BTE, routes_BTX, segment_BT):
