@@ -27,10 +27,10 @@ SPARE = 4 << 20  # bytes of VMEM left to the compiler
 
 class Blocks(NamedTuple):
   """Row counts that have code of their own, ascending, the last being a whole tile's; and splits."""
-  gate_heights: tuple = (64, 128, 256, 384, 512, 576)
+  gate_heights: tuple = tuple(range(64, 577, 64))
   gate_splits: int = 1
   gate_columns: int = 256
-  down_heights: tuple = (64, 128, 256, 384, 512, 576)
+  down_heights: tuple = tuple(range(64, 577, 64))
   down_splits: int = 1
   down_columns: int = 256
 
@@ -226,14 +226,6 @@ def _share(count, turns):
   return list(zip([0, *ends], ends))
 
 
-def _shares(rows, width, columns):
-  """Parts of the columns, each with its share of the rows as (first, end), in whole eights."""
-  starts = list(range(0, width, columns))
-  ends = [rows * (i + 1) // len(starts) // 8 * 8 for i in range(len(starts))]
-  return [((first, end), pl.ds(start, min(columns, width - start)))
-          for first, end, start in zip([0, *ends], ends, starts)]
-
-
 def _gate_up(x_MD, token_P, weight_P, groups, gate_EDF, up_EDF, blocks, save, interpret):
   (M, D), dtype, P = x_MD.shape, x_MD.dtype, len(token_P)
   E, _, F = gate_EDF.shape
@@ -299,7 +291,8 @@ def _down_kernel(place_s, start_s, rows_s, after_s, h_hbm, down_ref, out_hbm, to
       before, waiting, place, offset = tail, TAIL, state[1], 0
       for i, count in enumerate(_divide(h, height)):
         here = tail if offset + count == h else (even, odd)[i % 2]
-        add = functools.partial(rows.add, total, before, _room(before, tail, height), place_s, place)
+        def add(span, after, before=before, place=place):
+          rows.add(total, before, _room(before, tail, height), place_s, place + after, span)
         _multiply_down(h_tile.at[slot, pl.ds(offset, count)], down_ref, here,
                        _room(here, tail, height), blocks.down_columns, waiting, add, here is before)
         before, waiting, place, offset = here, count, first + offset, offset + count
@@ -336,9 +329,10 @@ def _multiply_down(h_ref, down_ref, y, room, columns, waiting, add, same):
   after it get them.
   """
   if same:
-    add((0, waiting))
-  count = h_ref.shape[0]
-  for span, part in _shares(waiting, down_ref.shape[1], columns):
+    add((0, waiting), 0)
+  count, width, after = h_ref.shape[0], down_ref.shape[1], 0
+  for c, span in zip(range(0, width, columns), _share(waiting, pl.cdiv(width, columns))):
+    part = pl.ds(c, min(columns, width - c))
     product = _dot(h_ref[...], down_ref[:, part])
     for b in range(0, part.size, rows.LANES):
       start = (part.start + b) // rows.LANES * rows.pitch(room)
@@ -346,7 +340,8 @@ def _multiply_down(h_ref, down_ref, y, room, columns, waiting, add, same):
       if count < TAIL == room:
         y[pl.ds(start + count, TAIL - count)] = jnp.zeros((TAIL - count, rows.LANES), y.dtype)
     if not same:
-      add(span)
+      add(span, after)
+    after = _nothing(product)
 
 
 def _clear(ref):
