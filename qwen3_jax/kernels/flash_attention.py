@@ -318,6 +318,9 @@ def _call(plan, scalars, q_segment, k_segment, q_BTNH, k_BSKH, v_BSKH, out_dtype
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary'),
       vmem_limit_bytes=_require_vmem(plan, q.dtype, out_dtype)),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * B * N * T * S * H, transcendentals=B * N * T * S // 2,  # as if half were seen
+      bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, q))),
     interpret=interpret, name='flash_forward' + ('_running' if plan.running else ''),
   )(*scalars, q_segment, k_segment, q, k, v)
   return _unfold(o, N, H), lse.reshape(B, N, T)
@@ -345,8 +348,8 @@ def _run(blocks, window, bound, interpret, q_BTNH, q_segment_BT, q_start_X, k_BS
 
   def call(running):
     return _call(plan._replace(running=running), *args)
-  if bound is None:
-    o, lse = call(True)
+  if bound is None or isinstance(bound, float):
+    o, lse = call(bound is None or bound > LIMIT)
   else:
     o, lse = jax.lax.cond(jnp.max(bound) <= LIMIT, lambda: call(False), lambda: call(True))
   return flash_blocks.unpad(o, X, T), flash_blocks.unpad(lse, X, T, 2)
@@ -369,7 +372,7 @@ def forward(q_BTNH, k_BSKH, v_BSKH, q_segment_BT, k_segment_BS, q_start_X, k_sta
   Query t sees key s if s's slot is not after t's, the segments are the same and above 0, and, with
   a `window`, the slots are less than it apart. Slots: see `flash_blocks`. A query that sees nothing
   has output 0 and log-sum-exp `MASKED`. Scale H^-1/2. `bound` is at least every |score|, known from
-  normalised queries and keys: up to `LIMIT` no maxima are taken; without one they are. `blocks` is
+  normalised queries and keys (a float, or traced): up to `LIMIT` no maxima are taken. `blocks` is
   a dict that replaces some of `choose`. Raises ValueError if a core's VMEM is too small for them.
   """
   B, T, N, H = q_BTNH.shape
