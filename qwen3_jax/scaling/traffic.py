@@ -1,0 +1,166 @@
+"""Collectives of a compiled program, from its text: runs, bytes, and the mesh axes they cross.
+
+A loop's body is counted as often as the loop turns. Wire bytes, for one device and one run: what
+an all-gather puts together, what a reduce-scatter takes in, twice what an all-reduce sums (it is
+both), what an all-to-all or a permute sends.
+"""
+import itertools
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+SIZES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
+         'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 's4': 0.5, 'u4': 0.5}
+KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'ragged-all-to-all', 'all-to-all',
+         'collective-permute')
+
+_HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
+_LINE = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$')
+_SHAPE = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
+
+
+class Collective(NamedTuple):
+  """One collective of the text: `runs` of it, `bytes` on the wire for each."""
+  kind: str
+  axes: str
+  runs: int
+  bytes: float
+  name: str
+
+
+def read(text, mesh):
+  """[Collective] of a compiled program's text (`compiled.as_text()`) on `mesh`."""
+  computations, entry = split(text)
+  groups = partitions(mesh)
+  found = []
+
+  def visit(name, runs, inside):
+    for instruction, rest in computations.get(name, ()):
+      shape, opcode, tail = _parse(rest)
+      if opcode == 'while':
+        visit(_name(tail, 'body'), runs * count_turns(tail, computations), inside)
+      for key in ('calls', 'to_apply', 'true_computation', 'false_computation'):
+        called = _name(tail, key)
+        if called and opcode not in KINDS and not opcode.startswith(KINDS) and called not in inside:
+          visit(called, runs, inside | {called})
+      kind = next((k for k in KINDS if opcode in (k, f'{k}-start')), None)
+      if not kind:
+        continue
+      size = wire(kind, shape, tail, opcode)
+      if kind == 'all-reduce' and name.startswith('all-reduce-scatter'):
+        kind, size = 'reduce-scatter', size / 2  # of the sum each device keeps a part
+      found.append(Collective(kind, _axes(tail, groups), runs, size, instruction))
+  visit(entry, 1, frozenset())
+  return found
+
+
+def split(text):
+  """({computation: [(instruction, the rest of its line)]}, the entry's name)."""
+  computations, entry, current = {}, None, None
+  for line in text.splitlines():
+    if current is None:
+      if head := _HEAD.match(line.split(', execution_thread')[0].rstrip()):
+        current = head[2]
+        computations[current] = []
+        entry = current if head[1] else entry
+    elif line.startswith('}'):
+      current = None
+    elif match := _LINE.match(line):
+      computations[current].append((match[1], match[2]))
+  if entry is None:
+    raise ValueError('the text is not that of a compiled program: it has no ENTRY')
+  return computations, entry
+
+
+def _parse(rest):
+  """(shape, opcode, what follows) of an instruction's right side."""
+  if rest.startswith('('):
+    depth = itertools.accumulate((letter == '(') - (letter == ')') for letter in rest)
+    end = next(i for i, open_ones in enumerate(depth) if not open_ones)
+    shape, rest = rest[:end + 1], rest[end + 1:]
+  else:
+    shape, _, rest = rest.partition(' ')
+  opcode, _, tail = rest.strip().partition('(')
+  return shape, opcode, tail
+
+
+def _name(tail, key):
+  match = re.search(rf'\b{key}=%?([\w.\-]+)', tail)
+  return match and match[1]
+
+
+def count_turns(tail, computations):
+  """How often a while loop turns: as the compiler noted, else by what its condition compares."""
+  if noted := re.search(r'known_trip_count"?:\{"n":"(\d+)"', tail):
+    return int(noted[1])
+  condition = computations.get(_name(tail, 'condition'), ())
+  limits = [int(value) for _, rest in condition
+            for value in re.findall(r's32\[\][^ ]* constant\((\d+)\)', rest)]
+  return max(limits, default=1)
+
+
+def wire(kind, shape, tail, opcode):
+  """Bytes of one run."""
+  sizes = [SIZES.get(name, 0) * math.prod(int(d) for d in dims.split(',') if d)
+           for name, dims in _SHAPE.findall(shape)]
+  if opcode.endswith('-start') and kind != 'all-reduce' and len(sizes) > 1:
+    sizes = [max(sizes)] if kind != 'reduce-scatter' else [min(s for s in sizes if s)]
+  size = sum(sizes)
+  if kind == 'reduce-scatter':
+    return size * _group_size(tail)
+  return 2 * size if kind == 'all-reduce' else size
+
+
+def _group_size(tail):
+  if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', tail):
+    return listed[1].count(',') + 1
+  groups = members(tail)
+  return len(next(iter(groups))) if groups else 1
+
+
+def members(tail):
+  """A collective's groups of devices, or None where the text does not say."""
+  if listed := re.search(r'replica_groups=\{(\{[\d,{}]+\})\}', tail):
+    return frozenset(frozenset(map(int, group.split(',')))
+                     for group in re.findall(r'\{([\d,]+)\}', listed[1]))
+  if named := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', tail):
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    chosen = re.findall(r"'(\w+)'", named[2])
+    return _groups(sizes, chosen) if set(chosen) <= set(sizes) else None
+  iota = re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', tail)
+  if not iota:
+    return None
+  dims = [int(d) for d in iota[3].split(',')]
+  ids = np.arange(math.prod(dims)).reshape(dims)
+  if iota[4]:
+    ids = ids.transpose([int(d) for d in iota[4].split(',')])
+  return frozenset(frozenset(map(int, row)) for row in ids.reshape(int(iota[1]), int(iota[2])))
+
+
+def partitions(mesh):
+  """{groups of devices: axes} of every set of mesh axes; devices by their place in the mesh."""
+  axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+  return {_groups(dict(mesh.shape), chosen): '+'.join(chosen)
+          for count in range(1, len(axes) + 1) for chosen in itertools.combinations(axes, count)}
+
+
+def _groups(sizes, chosen):
+  """The groups that differ in the `chosen` axes of a mesh {axis: size} only."""
+  places = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+  rest = [i for i, axis in enumerate(sizes) if axis not in chosen]
+  inner = [i for i, axis in enumerate(sizes) if axis in chosen]
+  rows = places.transpose(rest + inner).reshape(-1, math.prod(sizes[axis] for axis in chosen))
+  return frozenset(frozenset(map(int, row)) for row in rows)
+
+
+def _axes(tail, groups):
+  got = members(tail)
+  if got is None:
+    return 'permute' if 'source_target_pairs' in tail else '?'
+  if got in groups:
+    return groups[got]
+  if all(len(group) == 1 for group in got):
+    return 'none'
+  return f'groups of {len(next(iter(got)))}'
