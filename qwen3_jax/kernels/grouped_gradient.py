@@ -82,8 +82,8 @@ def choose(P, D, F, E, dtype):
   known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
   rows = min(512, P, max(128, (P // E + 32) // 128 * 128))
   parts, narrow = target.cores(), target.kind() in ('v5e', 'v5p')  # matrix units of 128, not 256
-  columns, hidden = (1024, 384) if narrow else (512, 256)
-  blocks = Blocks(rows, tuple(sorted({min(128, rows), rows, rows + ALIGN})), math.gcd(D, columns),
+  unit, columns, hidden = (128, 1024, 384) if narrow else (256, 512, 256)
+  blocks = Blocks(rows, (*range(unit, rows, unit), rows, rows + ALIGN), math.gcd(D, columns),
                   hidden, parts, parts)
   blocks = blocks._replace(**known)
   for name, kernel in (('splits', 'experts_backward'), ('inputs', 'experts_backward_inputs')):
