@@ -34,14 +34,17 @@ def training(spec, rows, length, dtype=jnp.bfloat16, remat='full', rank=None):
     parts = {'weights': weights(spec, dtype), 'adapters': trained}
   elif jnp.dtype(dtype) != jnp.float32:
     parts[f'weights in {jnp.dtype(dtype).name}'] = weights(spec, dtype)
-  itemsize, tokens = jnp.dtype(dtype).itemsize, rows * length
+  return parts | {"Adam's moments": 2 * trained, 'gradients': trained} | activations(
+    spec, rows * length, jnp.dtype(dtype).itemsize, remat, rank is not None)
+
+
+def activations(spec, tokens, itemsize=2, remat='full', frozen=False):
+  """{part: bytes} of what a step on `tokens` tokens at once makes beside weights and gradients."""
   layer, kept = layer_sizes(spec, remat)
-  saved = tokens * itemsize * spec.layers * kept
   logits = 2 * 4 * spec.vocab * min(tokens, head.TOKENS)  # and their gradient
-  table = 0 if rank is not None else 4 * spec.vocab * spec.width  # the head's gradient, once more
-  return parts | {"Adam's moments": 2 * trained, 'gradients': trained,
-                  'saved activations': saved, 'one layer': 2 * tokens * itemsize * layer,
-                  'head': logits + table}
+  table = 0 if frozen else 4 * spec.vocab * spec.width  # the head's gradient, once more
+  return {'saved activations': tokens * itemsize * spec.layers * kept,
+          'one layer': 2 * tokens * itemsize * layer, 'head': logits + table}
 
 
 def generation(spec, rows, length, dtype=jnp.bfloat16, page=128):
