@@ -25,6 +25,7 @@ from qwen3_jax.kernels import flash_blocks, target
 
 LOG2E = math.log2(math.e)
 LANES = 128
+NEVER = -(1 << 30)  # slots ahead, so that no key is seen
 
 
 class Blocks(NamedTuple):
@@ -43,6 +44,7 @@ class Plan(NamedTuple):
   scale: float
   window: int | None
   precision: jax.lax.Precision | None
+  summed: bool = False  # dq is added to what other keys gave
 
   @property
   def rows(self):
@@ -114,12 +116,17 @@ def _load(plan, q_segment_ref, lse_ref, q_ref, do_ref, o_ref, scr):
   scr.segment[...] = jnp.broadcast_to(q_segment_ref[0], (lanes, tq)).T
 
 
-def _exchange(plan, dq_ref, scr):
-  """Writes dq of the query block that is complete and turns the rows of the one that follows."""
+def _exchange(plan, sum_ref, dq_ref, scr):
+  """Writes dq of the query block that is complete, turns the rows of the one that follows.
+
+  `sum_ref` has what other keys gave to dq.
+  """
   tq, H = plan.blocks.queries, plan.width
   for head in range(plan.blocks.heads):
+    lane = slice(head * H, (head + 1) * H)
     dq = scr.dq_turned[:, head * tq:(head + 1) * tq] * plan.scale
-    dq_ref[0, :, head * H:(head + 1) * H] = dq.astype(dq_ref.dtype).T
+    dq = dq.astype(dq_ref.dtype).T
+    dq_ref[0, :, lane] = dq if sum_ref is None else sum_ref[0, :, lane] + dq
   scr.q_turned[...], scr.do_turned[...] = scr.q[...].T, scr.do[...].T
   scr.dq_turned[...] = jnp.zeros_like(scr.dq_turned)
 
@@ -204,35 +211,43 @@ def _visit_rest(plan, extents, make_bias, k_ref, v_ref, scr, pending):
 
 
 def _kernel(plan, low_ref, high_ref, open_ref, shut_ref, q_slot_ref, k_slot_ref, q_segment_ref,
-            k_segment_ref, lse_ref, q_ref, do_ref, o_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref,
-            pending_ref, *scratch):
+            k_segment_ref, lse_ref, q_ref, do_ref, o_ref, k_ref, v_ref, *refs):
+  sum_ref, refs = (refs[0], refs[1:]) if plan.summed else (None, refs)
+  dq_ref, dk_ref, dv_ref, pending_ref, *scratch = refs
   scr = Scratch(*scratch)
   group, step, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
   block = jnp.minimum(step, steps - 2)
   at = pl.program_id(0) * (steps - 1) + block
+  low = low_ref[at]
+  some = (high_ref[at] > low) & (step < steps - 1)
+  last = jnp.where(some, high_ref[at] - 1, low)
 
-  @pl.when(step == 0)
-  def _():  # nothing is pending; what this adds to dq is not kept
-    scr.q_turned[...] = jnp.zeros_like(scr.q_turned)
-    scr.do_turned[...] = jnp.zeros_like(scr.do_turned)
-    pending_ref[0] = 0
+  def make_bias(n):
+    ahead = jnp.where(some, q_slot_ref[block] - k_slot_ref[n], NEVER)
+    _make_bias(plan, ahead, k_segment_ref[0, pl.ds(n, 1), :], scr)
 
   @pl.when((group == 0) & (step == 0))
   def _():
     _start(plan, k_ref, scr)
+    pending_ref[0] = -1
 
-  def make_bias(n):
-    _make_bias(plan, q_slot_ref[block] - k_slot_ref[n], k_segment_ref[0, pl.ds(n, 1), :], scr)
-  _add(plan, scr, pending_ref[0], scr.p[...], scr.ds[...], scr.ds_turned.at[0])
-  _load(plan, q_segment_ref, lse_ref, q_ref, do_ref, o_ref, scr)
-  _exchange(plan, dq_ref, scr)
-  low = low_ref[at]
-  last = jnp.maximum(high_ref[at] - 1, low)
-  make_bias(last)
-  scr.p[...], ds = _differentiate(plan, k_ref, v_ref, scr, last, scr.bias)
-  scr.ds[...], scr.ds_turned[0] = ds, ds.T
-  extents = low, jnp.where(step == steps - 1, low, last), open_ref[at], shut_ref[at]
-  pending_ref[0] = _visit_rest(plan, extents, make_bias, k_ref, v_ref, scr, last)
+  alive = some | (pending_ref[0] >= 0)
+
+  @pl.when(alive)
+  def _():
+    _add(plan, scr, jnp.maximum(pending_ref[0], 0), scr.p[...], scr.ds[...], scr.ds_turned.at[0])
+    _load(plan, q_segment_ref, lse_ref, q_ref, do_ref, o_ref, scr)
+    _exchange(plan, sum_ref, dq_ref, scr)
+    make_bias(last)
+    scr.p[...], ds = _differentiate(plan, k_ref, v_ref, scr, last, scr.bias)
+    scr.ds[...], scr.ds_turned[0] = ds, ds.T
+    extents = low, last, open_ref[at], shut_ref[at]
+    pending = _visit_rest(plan, extents, make_bias, k_ref, v_ref, scr, last)
+    pending_ref[0] = jnp.where(some, pending, -1)  # of none, p and ds are 0
+
+  @pl.when(~alive)
+  def _():
+    dq_ref[...] = jnp.zeros_like(dq_ref) if sum_ref is None else sum_ref[...]
 
   @pl.when((group == pl.num_programs(2) - 1) & (step == steps - 1))
   def _():
@@ -250,7 +265,7 @@ def _in_parts(plan, keys, do):
 
 def _start(plan, k_ref, scr):
   """Prepares what all queries of a key head share."""
-  for x in scr.p, scr.ds, scr.ds_turned:  # of no chunk yet, but not NaN
+  for x in scr.p, scr.ds, scr.ds_turned, scr.q_turned, scr.do_turned, scr.dq_turned:
     x[...] = jnp.zeros_like(x)
 
   def turn(keys):
@@ -282,7 +297,7 @@ def _specs(plan, groups, query_blocks, S):
     pl.BlockSpec((1, 1, tq), lambda b, k, g, i, *_: (b, 0, now(i))),
     pl.BlockSpec((1, S // chunk, chunk), lambda b, k, g, i, *_: (b, 0, 0)),
     pl.BlockSpec((1, 1, heads, tq), lambda b, k, g, i, *_: (b, k * groups + g, 0, now(i))),
-    queries, queries, queries, keys, keys]
+    queries, queries, queries, keys, keys] + [done] * plan.summed
   return inputs, [done, keys, keys]
 
 
@@ -307,7 +322,7 @@ def _require_vmem(plan, S, dtype, out_dtype):
   wide = lambda shape: math.prod(shape[:-1]) * max(shape[-1], LANES)
   parts = dict(keys_values=4 * wide((S, plan.width)) * size,
                their_gradients=4 * wide((S, plan.width)) * out_size,
-               queries=wide((plan.rows, plan.width)) * (6 * size + 2 * out_size))
+               queries=wide((plan.rows, plan.width)) * (6 * size + 2 * (1 + plan.summed) * 4))
   for name, (shape, kept) in _scratch(plan, S, dtype)._asdict().items():
     parts[name] = wide(shape) * jnp.dtype(kept).itemsize
   capacity = target.vmem() * 15 // 16
@@ -316,26 +331,30 @@ def _require_vmem(plan, S, dtype, out_dtype):
   return capacity
 
 
-def _call(plan, scalars, q_segment, k_segment, lse, q, do, o, k, v, out_dtype, interpret):
-  """(dq, dk, dv) of padded inputs, heads and head_dim as one axis."""
-  B, T, _ = q.shape
+def _call(plan, scalars, arrays, dtype, interpret):
+  """(dq, dk, dv) of padded inputs in the kernel's order, heads and head_dim as one axis.
+
+  Where dq is `summed` it is in float32, as the sum given last, whose memory it takes.
+  """
+  _, k_segment, lse, q, _, _, k, v, *dq = arrays
+  B, groups, heads, T = lse.shape
   S, K = k.shape[1], k.shape[2] // plan.width
-  groups = lse.shape[1] // plan.blocks.heads // K
   query_blocks = T // plan.blocks.queries
-  inputs, outputs = _specs(plan, groups, query_blocks, S)
-  lse = lse.reshape(B, K * groups, plan.blocks.heads, T)
+  inputs, outputs = _specs(plan, groups // K, query_blocks, S)
   scratch = [pltpu.SMEM((1,), jnp.int32)] + [pltpu.VMEM(*x) for x in _scratch(plan, S, q.dtype)]
+  types = jnp.float32 if plan.summed else dtype, dtype, dtype
   return pl.pallas_call(
     functools.partial(_kernel, plan),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=len(scalars), grid=(B, K, groups, query_blocks + 1),
+      num_scalar_prefetch=len(scalars), grid=(B, K, groups // K, query_blocks + 1),
       in_specs=inputs, out_specs=outputs, scratch_shapes=scratch),
-    out_shape=[jax.ShapeDtypeStruct(x.shape, out_dtype) for x in (q, k, v)],
+    out_shape=[jax.ShapeDtypeStruct(x.shape, kept) for x, kept in zip((q, k, v), types)],
+    input_output_aliases={len(scalars) + len(arrays) - 1: 0} if plan.summed else {},
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
-      vmem_limit_bytes=_require_vmem(plan, S, q.dtype, out_dtype)),
+      vmem_limit_bytes=_require_vmem(plan, S, q.dtype, dtype)),
     interpret=interpret, name='flash_backward',
-  )(*scalars, q_segment, k_segment, lse, q, do, o, k, v)
+  )(*scalars, *arrays)
 
 
 def _turns(blocks, Y, arrays, k_start_Y):
@@ -358,50 +377,49 @@ def backward(q_BTNH, k_BSKH, v_BSKH, q_segment_BT, k_segment_BS, q_start_X, k_st
   `blocks` is a dict that replaces sizes of `choose`. Raises ValueError if a core's VMEM is too
   small for them.
   """
-  N, H = q_BTNH.shape[2:]
+  B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
-  Y = k_start_Y.shape[0]
+  X, Y, wide = q_start_X.shape[0], k_start_Y.shape[0], H + -H % LANES
   dtype = dtype or q_BTNH.dtype
-  chosen = choose(N, K, H, S, q_BTNH.dtype)._replace(**blocks or {})
+  blocks = choose(N, K, H, S, q_BTNH.dtype)._replace(**blocks or {})
   interpret = target.platform() != 'tpu' if interpret is None else interpret
-  run = functools.partial(_run, chosen, window, interpret, (q_BTNH, do_BTNH, o_BTNH), lse_BNT,
-                          q_segment_BT, q_start_X)
-  keys = [flash_blocks.pad(x, Y, chosen.chunk) for x in (k_BSKH, v_BSKH, k_segment_BS)]
-  if keys[0].shape[1] <= chosen.resident:
-    dq, *dkv = run(*keys, k_start_Y, dtype)
-  else:
-    def turn(dq, part):
-      more, *dkv = run(*part, jnp.float32)
-      return dq + more, [x.astype(dtype) for x in dkv]
-    parts = _turns(chosen, Y, (k_BSKH, v_BSKH, k_segment_BS), k_start_Y)
-    dq, dkv = jax.lax.scan(turn, jnp.zeros(q_BTNH.shape, jnp.float32), parts)
-    dkv = [x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in dkv]
-  return dq.astype(dtype), *(flash_blocks.unpad(x, Y, S) for x in dkv)
-
-
-def _run(blocks, window, interpret, queries, lse_BNT, q_segment_BT, q_start_X, k_BSKH, v_BSKH,
-         k_segment_BS, k_start_Y, dtype):
-  """`backward` over keys that fit VMEM and are whole units; `queries` are (q, do, o)."""
-  B, T, N, H = queries[0].shape
-  S, K = k_BSKH.shape[1:3]
-  X, wide = q_start_X.shape[0], -H % LANES
+  exact = q_BTNH.dtype == jnp.float32
+  plan = Plan(blocks, wide, H ** -0.5, window, jax.lax.Precision.HIGHEST if exact else None)
 
   def flat(x):  # a head's width becomes whole lanes, and all heads one axis
-    x = jnp.pad(x, [(0, 0)] * 3 + [(0, wide)]) if wide else x
+    x = jnp.pad(x, [(0, 0)] * 3 + [(0, wide - H)]) if wide > H else x
     return x.reshape(*x.shape[:2], -1)
-  q_segment = flash_blocks.pad(q_segment_BT, X, blocks.queries)
+  long = lambda x: flash_blocks.pad(x, X, blocks.queries)
+  q_segment = long(q_segment_BT)
+  lse = long(lse_BNT.swapaxes(1, 2)).swapaxes(1, 2)
+  lse = lse.reshape(B, N // blocks.heads, blocks.heads, -1)
+  queries = [long(flat(x)) for x in (q_BTNH, do_BTNH, o_BTNH)]
+
+  def run(plan, k, v, k_segment, k_start_Y, *dq):
+    scalars = _plan_visits(plan, q_segment, k_segment, q_start_X, k_start_Y)
+    arrays = [jnp.where(q_segment > 0, q_segment, -1)[:, None],
+              k_segment.reshape(B, -1, blocks.chunk), lse, *queries, k, v, *dq]
+    return _call(plan, scalars, arrays, dtype, interpret)
+  keys = [flash_blocks.pad(x, Y, blocks.chunk) for x in (flat(k_BSKH), flat(v_BSKH), k_segment_BS)]
+  if keys[0].shape[1] <= blocks.resident:
+    dq, *dkv = run(plan, *keys, k_start_Y)
+  else:
+    def turn(dq, part):
+      dq, *dkv = run(plan._replace(summed=True), *part, dq)
+      return dq, dkv
+    dq, dkv = jax.lax.scan(turn, jnp.zeros(queries[0].shape, jnp.float32),
+                           _turns(blocks, Y, (flat(k_BSKH), flat(v_BSKH), k_segment_BS), k_start_Y))
+    dkv = [x.swapaxes(0, 1).reshape(B, -1, x.shape[-1]) for x in dkv]
+  each = lambda x, heads, stretches, length: flash_blocks.unpad(
+    x.reshape(*x.shape[:2], heads, wide)[..., :H], stretches, length)
+  return each(dq, N, X, T).astype(dtype), *(each(x, K, Y, S) for x in dkv)
+
+
+def _plan_visits(plan, q_segment, k_segment, q_start_X, k_start_Y):
+  """The kernel's scalars: extents of every query block, slots of query blocks and of chunks."""
+  queries, chunk = plan.blocks.queries, plan.blocks.chunk
   extents = flash_blocks.extents(*flash_blocks.pairs(
-    q_segment, k_segment_BS, q_start_X, k_start_Y, blocks.queries, blocks.chunk, window))
-  scalars = [x.reshape(-1) for x in extents] + [
-    flash_blocks.slots(q_start_X, q_segment.shape[1], blocks.queries),
-    flash_blocks.slots(k_start_Y, S, blocks.chunk)]
-  exact = queries[0].dtype == jnp.float32
-  plan = Plan(blocks, H + wide, H ** -0.5, window, jax.lax.Precision.HIGHEST if exact else None)
-  lse = flash_blocks.pad(lse_BNT.swapaxes(1, 2), X, blocks.queries).swapaxes(1, 2)
-  gradients = _call(
-    plan, scalars, jnp.where(q_segment > 0, q_segment, -1)[:, None],
-    k_segment_BS.reshape(B, -1, blocks.chunk), lse,
-    *(flash_blocks.pad(flat(x), X, blocks.queries) for x in queries), flat(k_BSKH), flat(v_BSKH),
-    dtype, interpret)
-  dq, dk, dv = (x.reshape(*x.shape[:2], -1, H + wide)[..., :H] for x in gradients)
-  return flash_blocks.unpad(dq, X, T), dk, dv
+    q_segment, k_segment, q_start_X, k_start_Y, queries, chunk, plan.window))
+  return [x.reshape(-1) for x in extents] + [
+    flash_blocks.slots(q_start_X, q_segment.shape[1], queries),
+    flash_blocks.slots(k_start_Y, k_segment.shape[1], chunk)]
