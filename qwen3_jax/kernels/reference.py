@@ -129,3 +129,12 @@ def route(logits_ME, real_M, chosen, renormalise):
   hit_ME = (chosen_MX[..., None] == jnp.arange(logits_ME.shape[-1])).any(1)
   return (chosen_MX, gate_MX, real_M @ hit_ME.astype(jnp.float32), real_M @ probability_ME,
           real_M @ jax.nn.logsumexp(logits_ME, -1) ** 2)
+
+
+def norm_rope(x_BTNH, scale_H, cos_BT1I, sin_BT1I, eps):
+  """x / rms(x) * scale over H, then each pair (x_i, x_{i + H/2}) turned by its angle; x's type."""
+  x = x_BTNH.astype(jnp.float32)
+  x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale_H
+  a, b = jnp.split(x, 2, axis=-1)
+  turned = a * cos_BT1I - b * sin_BT1I, b * cos_BT1I + a * sin_BT1I
+  return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
