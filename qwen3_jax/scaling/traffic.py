@@ -92,13 +92,43 @@ def _name(tail, key):
 
 
 def count_turns(tail, computations):
-  """How often a while loop turns: as the compiler noted, else by what its condition compares."""
+  """How often a while loop turns: as the compiler noted, else by its counter, limit and step.
+
+  Counters start at 0 in what XLA makes of scans and of products that gather as they go.
+  """
   if noted := re.search(r'known_trip_count"?:\{"n":"(\d+)"', tail):
     return int(noted[1])
-  condition = computations.get(_name(tail, 'condition'), ())
-  limits = [int(value) for _, rest in condition
-            for value in re.findall(r's32\[\][^ ]* constant\((\d+)\)', rest)]
-  return max(limits, default=1)
+  condition = dict(computations.get(_name(tail, 'condition'), ()))
+  limits = {name: int(found[1]) for name, rest in condition.items()
+            if (found := re.search(r'[su]32\[\][^ ]* constant\((\d+)\)', rest))}
+  compare = next((rest for rest in condition.values() if ' compare(' in rest), '')
+  limit = next((limits[name] for name in _operands(compare) if name in limits), 1)
+  counter = next((re.search(r'index=(\d+)', condition[name]) for name in _operands(compare)
+                  if 'get-tuple-element' in condition.get(name, '')), None)
+  body = dict(computations.get(_name(tail, 'body'), ()))
+  return max(1, -(-limit // _step(body, int(counter[1]) if counter else 0)))
+
+
+def _step(body, index):
+  """By how much a loop's body raises the value of that place."""
+  root = next((rest for rest in reversed(body.values()) if ' tuple(' in rest), '')
+  names, step = _operands(root), 0
+  name = names[index] if index < len(names) else ''
+  while rest := body.get(name):
+    if ' copy(' in rest or ' bitcast(' in rest:
+      name = _operands(rest)[0]
+    elif ' add(' in rest:
+      name, other = _operands(rest)[:2]
+      if constant := re.search(r' constant\((\d+)\)', body.get(other, '')):
+        step += int(constant[1])
+    else:
+      break
+  return step or 1
+
+
+def _operands(rest):
+  """Names of an instruction's operands, in order."""
+  return re.findall(r'%([\w.\-]+)', _parse(rest)[2].partition('), ')[0]) if rest else []
 
 
 def wire(kind, shape, tail, opcode):
