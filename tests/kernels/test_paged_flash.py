@@ -37,13 +37,13 @@ def check(args, atol=1e-5, interpret=True, **blocks):
   return o
 
 
-@pytest.mark.parametrize('pages, depth', [(1, 2), (2, 2), (3, 4), (9, 3)])
+@pytest.mark.parametrize('pages, depth', [(2, 2), (9, 3)])
 def test_ragged_rows_equal_the_meaning(pages, depth):
   o = check(draw([1, 0, 300, 512, 128, 129]), pages=pages, depth=depth)
   assert not np.asarray(o[1]).any()
 
 
-@pytest.mark.parametrize('K, G, H', [(4, 2, 128), (1, 5, 128), (1, 16, 128), (2, 4, 64)])
+@pytest.mark.parametrize('K, G, H', [(4, 2, 128), (1, 5, 128), (2, 8, 64)])
 def test_heads_of_every_model(K, G, H):
   check(draw([200, 384], K, G, H))
 
@@ -105,16 +105,14 @@ def test_gradients_equal_the_meaning():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize('Q', [1, 3])
-def test_plain_blocks_equal_the_meaning(Q):
-  *args, table_BC, length_B = draw([1, 0, 300, 512], Q=Q)
+def test_plain_blocks_equal_the_meaning():
+  *args, table_BC, length_B = draw([1, 0, 300, 512], Q=3)
   args = *args, jnp.minimum(table_BC, 7), length_B
   np.testing.assert_allclose(paged_attention.paged_attention(*args),
                              reference.paged_attention(*args), atol=1e-5)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('rows, strict', [(6, False), (2, True)])
+@pytest.mark.parametrize('dtype, rows, strict', [('float32', 2, True), ('bfloat16', 6, False)])
 def test_writing_changes_one_slot_of_each_row(dtype, rows, strict, capfd, caplog):
   _, k, v, _, _ = draw([0, 0], dtype=dtype)
   new = draw([0] * rows, dtype=dtype)[0][:, 0, :, :2].swapaxes(0, 2)

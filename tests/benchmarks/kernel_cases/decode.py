@@ -27,17 +27,19 @@ def decode(B=64, K=8, G=4, H=128, context=4096, S=128, Q=1, prefix=0, group=1, b
   plan = paged_flash.plan(args[0], S, C, blocks)
   split, programs = plan.programs
   turns, shared = -(-C // plan.pages), prefix // (S * plan.pages)
-  attended = plan.rows * turns  # of a program
-  visits = attended - (plan.rows - -(-plan.rows // group)) * shared
-  if plan.tiles > 1:  # the stretches of a row's tokens share its pages
-    raise ValueError(f'{Q} tokens are {plan.tiles} rows of the kernel: score one')
   each = split * programs  # of which every core takes one, or a loop over programs is there
   looped = each > target.cores()
+  if plan.tiles > 1 or programs > 1 and group > 1:
+    raise ValueError(f'{Q} tokens of {B} rows are {programs} programs of {plan.tiles} tiles: '
+                     'which of them share pages is not counted')
+  read = B * turns - (B - -(-B // group)) * shared
+  empty = programs * plan.rows - B  # rows, each one visit
+  visits = (read + empty) / programs
+  attended = (B * turns + empty) / programs
   trips = {4 + looped: visits * (1 if looped else each), 9 + looped: attended / visits}
   item = jnp.dtype(dtype).itemsize
-  pages = programs * visits * plan.pages
-  model = dict(flops=4 * B * Q * K * G * H * context, trips=trips,
-               hbm_bytes=2 * item * (pages * K * H * S + B * Q * K * G * H) + 4 * B * (C + 4))
+  moved = 2 * item * (read * plan.pages * K * H * S + B * Q * K * G * H) + 4 * B * (C + 4)
+  model = dict(flops=4 * B * Q * K * G * H * context, hbm_bytes=moved, trips=trips)
   model.update({'steps': each} if looped else {'final': B * split})
   fn = functools.partial(paged_flash.paged_flash, blocks=blocks, interpret=False)
   return dict(fn=fn, args=args, models={'paged_flash': model})
