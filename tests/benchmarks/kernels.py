@@ -102,11 +102,13 @@ def keep(case):
 
 def score(case, args):
   """What the schedule says of all of a case's kernels, added up; or its error's last line."""
-  command = [args.python, args.scorer, f'{case["file"]}:{case["builder"]}', '-t', case['topology'],
+  builder = getattr(case['builder'], '__name__', case['builder'])
+  command = [args.python, args.scorer, f'{case["file"]}:{builder}', '-t', case['topology'],
              '--kwargs', json.dumps(case['kwargs']), f'--flags={case.get("flags", "")}', '--json']
   done = subprocess.run([str(x) for x in command], capture_output=True, text=True, check=False)
   if done.returncode:
-    return dict(error=done.stderr.strip().splitlines()[-1][:200])
+    said = [line for line in done.stderr.splitlines() if 'Error' in line] or ['failed']
+    return dict(error=said[-1].strip()[:200])
   kernels = [k for k in json.loads(done.stdout)['kernels'] if case['only'] in k['kernel']]
   widest = max(kernels, key=lambda k: k['est_us'])
   tight = max(widest['regions'], key=lambda r: r['cycles'] * r['execs'], default={})
