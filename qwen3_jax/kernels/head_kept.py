@@ -22,7 +22,7 @@ from qwen3_jax.kernels.head_gradient import clear_beyond, cross_entropy_slope, m
 from qwen3_jax.kernels.head_tpu import BITS, LANES, LOWEST, NOWHERE, SUBLANES, place
 
 TOKENS = {'v5e': 768, 'v5p': 768, 'v6e': 1536, 'tpu7x': 1024}  # of a group
-KEPT = 240 << 20  # bytes of HBM for a group's probabilities
+KEPT = 224 << 20  # bytes of HBM for a group's probabilities
 BLOCKS = dict(tokens=768, rows=512, part=256, gradient=256)  # where the table knows nothing
 
 
@@ -43,20 +43,17 @@ def cross_entropy(hidden_MD, head_VD, target_M, weight_M, limit=None, *, tempera
   step = functools.partial(_group, head_VD=head_VD, limit=limit, temperature=temperature,
                            vocab_axes=vocab_axes, keep=keep or KEPT // (2 * tokens), blocks=blocks,
                            interpret=interpret)
-  whole = M // tokens
-  of_tokens = hidden_MD, target_M, weight_M
 
-  def visit(d_head, chunk):
-    loss, d_hidden, d_head = step(d_head, *chunk)
-    return d_head, (loss, d_hidden)
-  d_head, (loss, d_hidden) = jax.lax.scan(
-    visit, jnp.zeros((V, D), jnp.float32),
-    [x[:whole * tokens].reshape(whole, tokens, *x.shape[1:]) for x in of_tokens])
-  loss, d_hidden = loss.sum(), d_hidden.reshape(-1, D)
-  if whole * tokens < M:
-    rest, d_rest, d_head = step(d_head, *(x[whole * tokens:] for x in of_tokens))
-    loss, d_hidden = loss + rest, jnp.concatenate([d_hidden, d_rest])
-  return loss, d_hidden, d_head
+  def add(start, count, carry):
+    loss, d_hidden, d_head = carry
+    chunk = [jax.lax.dynamic_slice_in_dim(x, start, count)
+             for x in (hidden_MD, target_M, weight_M)]
+    more, d_chunk, d_head = step(d_head, *chunk)
+    return loss + more, jax.lax.dynamic_update_slice_in_dim(d_hidden, d_chunk, start, 0), d_head
+  groups, rest = divmod(M, tokens)
+  carry = jnp.zeros(()), jnp.zeros_like(hidden_MD), jnp.zeros((V, D), jnp.float32)
+  carry = jax.lax.fori_loop(0, groups, lambda i, c: add(i * tokens, tokens, c), carry)
+  return add(M - rest, rest, carry) if rest else carry
 
 
 def _group(d_head, hidden_MD, target_M, weight_M, *, head_VD, limit, temperature, vocab_axes, keep,
