@@ -44,23 +44,23 @@ class _Copies(NamedTuple):
             for i, (hbm, vmem) in enumerate(self._ends(row))]
 
 
+def _insert(slot, k_KH, v_KH, k_buf, v_buf):
+  """Puts one token of every head into its slot, a lane of `k_buf` and a sublane of `v_buf`."""
+  k_HK = k_KH.T
+  lane = jax.lax.broadcasted_iota(jnp.int32, k_buf.shape[1:], 1)
+  sublane = jax.lax.broadcasted_iota(jnp.int32, v_buf.shape[1:], 0)
+  mine = sublane == jax.lax.rem(slot, v_buf.shape[1])
+  for h in range(k_buf.shape[0]):
+    new, old = jnp.broadcast_to(k_HK[:, h:h + 1], lane.shape), k_buf[h].astype(jnp.float32)
+    k_buf[h] = jnp.where(lane == slot, new, old).astype(k_buf.dtype)
+    v_buf[h] = jnp.where(mine, v_KH[h:h + 1], v_buf[h].astype(jnp.float32)).astype(v_buf.dtype)
+
+
 def _kernel(rows, page_ref, slot_ref, k_new_ref, v_new_ref, _k, _v, k_hbm, v_hbm, k_buf, v_buf,
             read, written):
   heads = k_buf.shape[1]
   copies = _Copies(pl.ds(pl.program_id(0) * heads, heads), page_ref, slot_ref, (k_hbm, v_hbm),
                    (k_buf, v_buf), read, written)
-
-  def insert(row, place, slot):
-    k_HK = k_new_ref[0, row].T
-    for h in range(heads):
-      lane = jax.lax.broadcasted_iota(jnp.int32, k_buf.shape[2:], 1)
-      column = jnp.broadcast_to(k_HK[:, h:h + 1], k_buf.shape[2:])
-      old = k_buf[place, h].astype(jnp.float32)
-      k_buf[place, h] = jnp.where(lane == slot, column, old).astype(k_buf.dtype)
-      sublane = jax.lax.broadcasted_iota(jnp.int32, v_buf.shape[2:], 0)
-      old = v_buf[place, h].astype(jnp.float32)
-      mine = sublane == jax.lax.rem(slot, v_buf.shape[2])
-      v_buf[place, h] = jnp.where(mine, v_new_ref[0, row, h:h + 1], old).astype(v_buf.dtype)
 
   def visit(row, _):
     ahead = row + DEPTH - 1
@@ -76,7 +76,8 @@ def _kernel(rows, page_ref, slot_ref, k_new_ref, v_new_ref, _k, _v, k_hbm, v_hbm
         copy.start()
     for copy in copies.inward(row):
       copy.wait()
-    insert(row, jax.lax.rem(row, DEPTH), slot_ref[row])
+    place = jax.lax.rem(row, DEPTH)
+    _insert(slot_ref[row], k_new_ref[0, row], v_new_ref[0, row], k_buf.at[place], v_buf.at[place])
     for copy in copies.outward(row):
       copy.start()
 

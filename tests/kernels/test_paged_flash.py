@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen3_jax.kernels import paged_attention, paged_flash, paged_write, reference
 
 S = 128
+meaning = jax.jit(reference.paged_attention)
 
 
 def draw(length_B, K=2, G=4, H=128, Q=1, C=4, dtype=jnp.float32, scale=1.0):
@@ -31,7 +32,7 @@ def run(args, blocks, interpret=True):
 
 def check(args, atol=1e-5, interpret=True, **blocks):
   o = run(args, tuple({**dict(pages=2, depth=2), **blocks}.items()), interpret)
-  want = reference.paged_attention(*[x.astype(jnp.float32) for x in args[:3]], *args[3:])
+  want = meaning(*[x.astype(jnp.float32) for x in args[:3]], *args[3:])
   assert o.dtype == args[0].dtype
   np.testing.assert_allclose(np.asarray(o, np.float32), want, atol=atol)
   return o
@@ -75,8 +76,8 @@ def test_huge_norms_are_no_nan():
 
 def test_bfloat16_is_as_near_as_plain_bfloat16():
   args = draw([100, 512], dtype=jnp.bfloat16)
-  exact = reference.paged_attention(*[x.astype(jnp.float32) for x in args[:3]], *args[3:])
-  plain = paged_attention.paged_attention(*args[:3], jnp.minimum(args[3], 7), args[4])
+  exact = meaning(*[x.astype(jnp.float32) for x in args[:3]], *args[3:])
+  plain = jax.jit(paged_attention.paged_attention)(*args[:3], jnp.minimum(args[3], 7), args[4])
   def error(x):
     return np.abs(np.asarray(x, np.float32) - exact).max()
   assert error(check(args, atol=1e-2)) <= 1.1 * error(plain)
@@ -108,8 +109,8 @@ def test_gradients_equal_the_meaning():
 def test_plain_blocks_equal_the_meaning():
   *args, table_BC, length_B = draw([1, 0, 300, 512], Q=3)
   args = *args, jnp.minimum(table_BC, 7), length_B
-  np.testing.assert_allclose(paged_attention.paged_attention(*args),
-                             reference.paged_attention(*args), atol=1e-5)
+  o = jax.jit(paged_attention.paged_attention)(*args)
+  np.testing.assert_allclose(o, meaning(*args), atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype, rows, strict', [('float32', 2, True), ('bfloat16', 6, False)])
