@@ -34,6 +34,11 @@ def plan(chosen_MX, experts, rows, interpret=None):
   if not fits(experts, X):
     raise ValueError(f'{X} of {experts} experts: want at most {SUBLANES} of a multiple of '
                      f'{2 * SUBLANES} up to {LANES}; elsewhere use experts.plan')
+  total = -(-M * X // rows) * rows + experts * (rows - 1) // rows * rows
+  needs = count_bytes(M, experts, total)
+  if needs > target.vmem():
+    raise ValueError(f'the plan of {M} tokens needs {needs} bytes of VMEM, this core has '
+                     f'{target.vmem()}: give it fewer tokens at a time')
   if interpret is None:
     interpret = target.platform() != 'tpu'
   rank, *tables, count = rank_tokens(chosen_MX, experts, interpret)
@@ -42,7 +47,6 @@ def plan(chosen_MX, experts, rows, interpret=None):
   padded_E = -(-count_E // rows) * rows
   end_E = jnp.cumsum(padded_E)
   start_QE = end_E - padded_E + jnp.cumsum(count_QE, 0) - count_QE
-  total = -(-M * X // rows) * rows + experts * (rows - 1) // rows * rows
   slot_P, row = place_rows(chosen_MX, rank, tables, start_QE, count_QE, total, interpret)
   starts = jnp.arange(total // rows) * rows
   of_block = jnp.sum(end_E <= starts[:, None], -1)
@@ -113,40 +117,50 @@ def _rank_body(id_ref, triangle_ref, word_ref, field_ref, rank_ref, table_ref, f
     count_ref[...] = jnp.zeros_like(count_ref)
     table_ref[0, 0] = jnp.full((experts, LANES), STRETCH, jnp.int32)
     table_ref[1, 0] = jnp.zeros((experts, LANES), jnp.int32)
-  _mark(id_ref, hit_ref, choice_ref, experts, choices, unroll)
-  _write_words(hit_ref, choice_ref, word_ref, field_ref, table_ref, fields_ref, count_ref[0], turn)
-  before_ref[0, 0] = count_ref[0].astype(jnp.int32)
-  for chunk in range(TOKENS // WIDE):
+  before = count_ref[0]
+  before_ref[0, 0] = before.astype(jnp.int32)
+
+  def rank(chunk):
     ranks = jnp.dot(hit_ref[pl.ds(chunk * experts, experts), :], triangle_ref[...],
                     preferred_element_type=jnp.float32)
-    before = count_ref[0]
+    earlier = count_ref[0]
     for half in range(WIDE // LANES):
       lanes = slice(chunk * WIDE + half * LANES, chunk * WIDE + (half + 1) * LANES)
-      rank_ref[:, lanes] = _pick(ranks[:, half * LANES:(half + 1) * LANES] + before,
+      rank_ref[:, lanes] = _pick(ranks[:, half * LANES:(half + 1) * LANES] + earlier,
                                  id_ref[:, lanes])
-    count_ref[0] = before + ranks[:, WIDE:]
+    count_ref[0] = earlier + ranks[:, WIDE:]
+  chunks = TOKENS // WIDE
+  for chunk in range(chunks + 1):  # products run under the next chunk's marks
+    if chunk < chunks:
+      for group in (2 * chunk, 2 * chunk + 1):
+        _mark(group, id_ref, hit_ref, choice_ref, experts, choices, unroll)
+    if chunk:
+      rank(chunk - 1)
+  _write_words(hit_ref, choice_ref, word_ref, field_ref, table_ref, fields_ref, before, turn)
 
 
-def _mark(id_ref, hit_ref, choice_ref, experts, choices, unroll):
-  """Writes hits (1 or 0) and choices (0 to 7; 0 where no hit) as (E, 256) for each 256 tokens."""
+def _mark(group, id_ref, hit_ref, choice_ref, experts, choices, unroll):
+  """Writes the hits (1 or 0) and choices (0 to 7; 0 where no hit) of 128 tokens.
+
+  They lie as (E, 256) for each 256 tokens.
+  """
   height = 2 * SUBLANES
-  for group in range(SUBLANES):
-    lanes = slice(group % 2 * LANES, (group % 2 + 1) * LANES)
-    ids = [jnp.broadcast_to(id_ref[k:k + 1, group * LANES:(group + 1) * LANES], (height, LANES))
-           for k in range(choices)]
+  lanes = slice(group % 2 * LANES, (group % 2 + 1) * LANES)
+  ids = [jnp.broadcast_to(id_ref[k:k + 1, group * LANES:(group + 1) * LANES], (height, LANES))
+         for k in range(choices)]
 
-    def mark(piece, carry, group=group, lanes=lanes, ids=ids):
-      expert = piece * height + jax.lax.broadcasted_iota(jnp.int32, (height, LANES), 0)
-      place = jnp.zeros((height, LANES), jnp.float32)
-      for k in range(choices):
-        place = jnp.where(ids[k] == expert, k + 1., place)
-      place = place.astype(jnp.bfloat16)
-      hit = jnp.minimum(place, 1)
-      rows = pl.ds(pl.multiple_of(group // 2 * experts + piece * height, height), height)
-      hit_ref[rows, lanes] = hit
-      choice_ref[rows, lanes] = place - hit
-      return carry
-    jax.lax.fori_loop(0, experts // height, mark, 0, unroll=unroll)
+  def mark(piece, carry):
+    expert = piece * height + jax.lax.broadcasted_iota(jnp.int32, (height, LANES), 0)
+    place = jnp.zeros((height, LANES), jnp.float32)
+    for k in range(choices):
+      place = jnp.where(ids[k] == expert, k + 1., place)
+    place = place.astype(jnp.bfloat16)
+    hit = jnp.minimum(place, 1)
+    rows = pl.ds(pl.multiple_of(group // 2 * experts + piece * height, height), height)
+    hit_ref[rows, lanes] = hit
+    choice_ref[rows, lanes] = place - hit
+    return carry
+  jax.lax.fori_loop(0, experts // height, mark, 0, unroll=unroll)
 
 
 def _pick(ranks, ids):
@@ -188,6 +202,13 @@ GROUPS = 64  # groups whose searches are begun together: a lookup takes some 120
 VALUES = 8 << 20  # bytes of VMEM for what does not stay in registers
 
 
+def count_bytes(M, experts, total):
+  """VMEM that `place_rows` needs: all it reads and writes lies there."""
+  stretches = pl.cdiv(M, STRETCH)
+  return VALUES + 4 * (3 * stretches * STRETCH * SUBLANES + total
+                       + (2 * TURNS + 4) * stretches * experts * LANES)
+
+
 def place_rows(chosen_MX, rank, tables, start_QE, count_QE, total, interpret):
   """slot_P and row_MX of `plan` from what `rank_tokens` found."""
   (M, X), (Q, E) = chosen_MX.shape, start_QE.shape
@@ -198,10 +219,6 @@ def place_rows(chosen_MX, rank, tables, start_QE, count_QE, total, interpret):
   wide = [jnp.broadcast_to(x[:, None], (Q * E, LANES)) for x in (first_G, count_G)]
   tables = [x.reshape(len(x), Q * E, LANES) for x in tables]
   high = pl.cdiv(total, LANES) + HEIGHT
-  needs = 4 * (3 * rank.size + high * LANES + sum(x.size for x in (*wide, *tables))) + VALUES
-  if needs > target.vmem():
-    raise ValueError(f'the plan of {M} tokens needs {needs} bytes of VMEM, this core has '
-                     f'{target.vmem()}: give it fewer tokens at a time')
   everything = pl.BlockSpec(memory_space=pltpu.VMEM)
   slots, rows = pl.pallas_call(
       functools.partial(_place_body, choices=X, tokens=M, experts=E), name='dispatch_rows',
@@ -209,7 +226,8 @@ def place_rows(chosen_MX, rank, tables, start_QE, count_QE, total, interpret):
           num_scalar_prefetch=2, grid=(1,), in_specs=[everything] * 8, out_specs=[everything] * 2),
       out_shape=[jax.ShapeDtypeStruct((high, LANES), jnp.int32),
                  jax.ShapeDtypeStruct(rank.shape, jnp.int32)],
-      compiler_params=pltpu.CompilerParams(vmem_limit_bytes=needs), interpret=interpret,
+      compiler_params=pltpu.CompilerParams(vmem_limit_bytes=count_bytes(M, E, total)),
+      interpret=interpret,
   )(turns[None], first_G, ids, rank, start, *wide, *tables)
   return slots.reshape(-1)[:total], rows[:X, :M].T
 

@@ -3,8 +3,9 @@
 Meaning: `reference.route`. Logits lie with experts first. A block of 1,024 tokens is one vector
 register for each expert, so that nothing crosses lanes: a network of maxima and minima finds the
 best 8 logits, a second pass asks whose they are. Only a block in which equal logits leave that open
-inserts each expert into a sorted list instead, which keeps ties in the order of ids. The gradient is a few elementwise operations on (M, E) that XLA fuses. Where the chosen experts'
-rows go: `dispatch.py`.
+inserts each expert into a sorted list instead, which keeps ties in the order of ids. The gradient
+is a few elementwise operations on (M, E) that XLA fuses. Where the rows of the chosen experts go:
+`dispatch.py`.
 """
 import functools
 import math

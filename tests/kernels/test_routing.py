@@ -81,7 +81,7 @@ def make_routes(kind, tokens, experts, chosen):
 
 
 @pytest.mark.parametrize('kind, tokens, experts_, chosen, rows', [
-    ('even', 1100, 32, 4, 16), ('all to one', 1100, 32, 8, 1), ('zipf', 4300, 16, 2, 64),
+    ('even', 1100, 32, 4, 16), ('all to one', 1100, 32, 4, 16), ('zipf', 4300, 16, 2, 64),
     ('even', 1, 16, 1, 8)])
 def test_plan_equals_the_sorted_plan(kind, tokens, experts_, chosen, rows, monkeypatch):
   monkeypatch.setattr(dispatch, 'GROUPS', 8)  # compiles faster
