@@ -33,7 +33,7 @@ class Blocks(NamedTuple):
   queries: int  # slots of a query block
   heads: int  # query heads side by side; rows are heads x queries
   chunk: int  # keys of one round of matrix products
-  units: int  # chunks visited at once where none needs a mask
+  units: int  # chunks visited at once where none needs a mask, a power of two
   resident: int  # keys of a head that stay in VMEM; more are visited in turns
 
 
@@ -76,8 +76,10 @@ def choose(N, K, H, S, dtype):
   queries = LANES * round(1024 / heads / LANES)
   resident = target.vmem() // (8 * flash_blocks.MIB) * 1024 * 2 // jnp.dtype(dtype).itemsize
   default = dict(queries=queries, heads=heads, chunk=256, units=4, resident=resident)
-  return Blocks(**default | table.choose('flash_backward', N=N, K=K, H=H, S=S,
-                                         dtype=jnp.dtype(dtype).name))
+  found = table.choose('flash_backward', N=N, K=K, H=H, S=S, dtype=jnp.dtype(dtype).name)
+  if (N // K) % found.get('heads', 1):  # the table's are of another ratio of heads
+    found = {}
+  return Blocks(**default | found)
 
 
 def _widen(x, width):
@@ -192,22 +194,23 @@ def _visit(plan, k_ref, v_ref, scr, pending, visited, bias=None):
 
 def _visit_rest(plan, extents, make_bias, k_ref, v_ref, scr, pending):
   """Visits the needed chunks but the last: several at once where none needs a mask, else one."""
-  units = plan.blocks.units
   low, last, first, shut = extents
   first = jnp.clip(first, low, last)
-  rounds = (jnp.clip(shut, first, last) - first) // units
-  lead, after = first - low, first + rounds * units
+  shut, lead = jnp.clip(shut, first, last), first - low
   visit = functools.partial(_visit, plan, k_ref, v_ref, scr)
-
-  def several(n, pending):
-    return visit(pending, [first + n * units + u for u in range(units)])
+  width = plan.blocks.units
+  while width > 1:
+    def several(n, pending, width=width, first=first):
+      return visit(pending, [first + n * width + u for u in range(width)])
+    rounds = (shut - first) // width
+    pending = jax.lax.fori_loop(0, rounds, several, pending)
+    first, width = first + rounds * width, width // 2
 
   def one(n, pending):
-    at = jnp.where(n < lead, low + n, after + n - lead)
+    at = jnp.where(n < lead, low + n, first + n - lead)
     make_bias(at)
     return visit(pending, [at], scr.bias)
-  pending = jax.lax.fori_loop(0, rounds, several, pending)
-  return jax.lax.fori_loop(0, lead + last - after, one, pending)
+  return jax.lax.fori_loop(0, lead + last - first, one, pending)
 
 
 def _kernel(plan, low_ref, high_ref, open_ref, shut_ref, q_slot_ref, k_slot_ref, q_segment_ref,

@@ -6,12 +6,13 @@ from qwen3_jax.kernels import flash_backward
 
 
 def count_visits(S, blocks, turns):
-  """(live steps, rounds of several unmasked chunks, single chunks) of a head group, plain causal.
+  """(live steps, unmasked rounds of each width, single chunks) of a head group, plain causal.
 
   The last chunk of a query block is visited first, outside the loops. A step after a live one is
   live too: it completes that one's gradients.
   """
-  live = rounds = single = 0
+  widths = [1 << n for n in range(1, blocks.units.bit_length())][::-1]
+  live, single, rounds = 0, 0, dict.fromkeys(widths, 0)
   for start in range(0, S, S // turns):
     before = False
     for first in [*range(0, S, blocks.queries), -S]:
@@ -19,9 +20,12 @@ def count_visits(S, blocks, turns):
       needed = max(-(-ahead // blocks.chunk), 0)
       live += needed > 0 or before
       before, rest = needed > 0, max(needed - 1, 0)
-      whole = max(min((first + 1 - start) // blocks.chunk, rest), 0) // blocks.units
-      rounds, single = rounds + whole, single + rest - whole * blocks.units
-  return live, rounds, single
+      whole = max(min((first + 1 - start) // blocks.chunk, rest), 0)
+      for width in widths:
+        rounds[width] += whole // width
+        rest, whole = rest - whole // width * width, whole % width
+      single += rest
+  return live, [*rounds.values(), single]
 
 
 def backward(N=32, K=8, S=4096, H=128, B=1, blocks=None):
@@ -38,12 +42,12 @@ def backward(N=32, K=8, S=4096, H=128, B=1, blocks=None):
   turns = -(-S // chosen.resident)
   groups = B * N // chosen.heads
   steps = turns * (S // chosen.queries + 1)
-  live, rounds, single = count_visits(S, chosen, turns)
-  # loops: 0 the grid, 1 prepares a key head, 2 several chunks, 3 single ones, 4 writes a key head
-  trips = {0: groups * steps + 2, 2: rounds / live, 3: single / live}
+  live, visits = count_visits(S, chosen, turns)
+  # loops: 0 the grid, 1 prepares a key head, then one of each width; the last writes a key head
+  trips = {0: groups * steps + 2} | {2 + n: count / live for n, count in enumerate(visits)}
   rows = B * S * H
   dq_bytes = 2 if turns == 1 else 8 * turns + 6
-  model = dict(steps=groups * steps, executed=[groups * live, groups * rounds, groups * single],
+  model = dict(steps=groups * steps, executed=[groups * count for count in (live, *visits)],
                init=turns * B * K, final=B * K * S // (chosen.chunk * chosen.units), trips=trips,
                flops=5 * B * N * S * (S + 1) * H,
                hbm_bytes=rows * (N * (6 * turns + dq_bytes) + 8 * K))
