@@ -1,16 +1,16 @@
 """A mixture's experts on sorted tokens: dropless, no capacity. Meaning: `reference.experts`.
 
-Rows are assignments (token, choice) sorted by expert. On TPU the kernels of `grouped_matmul` run. On
-CPU each expert's rows are padded to whole blocks and a scan multiplies block after block (XLA's
-`ragged_dot` there multiplies every row with every expert: measured 25 x slower at 8,192 rows and 32
-experts); elsewhere, and where the kernels cannot, `jax.lax.ragged_dot`.
+Rows are assignments (token, choice) sorted by expert. On TPU the kernels of `grouped_matmul` and
+`grouped_gradient` run. On CPU each expert's rows are padded to whole blocks and a scan multiplies
+block after block (XLA's `ragged_dot` there multiplies every row with every expert: measured 25 x
+slower at 8,192 rows and 32 experts); elsewhere, and where the kernels cannot, `jax.lax.ragged_dot`.
 """
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from qwen3_jax.kernels import dispatch, grouped_matmul, target
+from qwen3_jax.kernels import dispatch, grouped_gradient, grouped_matmul, target
 
 ROWS = 64  # rows of one CPU block in training; small batches use smaller ones
 UNROLL = 8  # blocks in one turn of the loop: what does not depend on each other runs at once
@@ -72,12 +72,8 @@ def _grouped_forward(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, save=
 
 
 def _grouped_backward(saved, dy_MD):
-  x_MD, gate_MX, _, row_MX, count_E, *weights = saved[:8]
-  align = grouped_matmul.ALIGN
-  chosen_MX = jnp.searchsorted(jnp.cumsum(-(-count_E // align) * align), row_MX, side='right')
-  _, pull = jax.vjp(lambda x, *rest: _ragged(x, chosen_MX, *rest), x_MD, gate_MX, *weights)
-  dx_MD, *others = pull(dy_MD)
-  return dx_MD, None, *others
+  dx_MD, dgate_MX, *weights = grouped_gradient.backward(saved, dy_MD)
+  return dx_MD, None, dgate_MX, *weights
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)

@@ -1,10 +1,10 @@
-"""A mixture's experts on the rows of their tokens, as two TPU kernels; meaning: `reference.experts`.
+"""A mixture's experts on the rows of their tokens, as two TPU kernels; meaning `reference.experts`.
 
 `experts_gate_up` holds all tokens in VMEM and gathers each tile's rows from there, so that no
 permuted copy of them exists in HBM; it writes h = weight * silu(x gate) * (x up), sorted by expert.
 `experts_down` holds all outputs in VMEM in float32 and adds each row of h down to its token's: the
-rows of the product never reach HBM either. Both walk the experts in order, whose next weights arrive
-meanwhile, and an expert's rows in tiles whose heights follow their number. While one tile is
+rows of the product never reach HBM either. Both walk the experts in order, whose next weights
+arrive meanwhile, and an expert's rows in tiles whose heights follow their number. While one tile is
 multiplied, the next one's rows are gathered, or those of the one before added.
 Splits of F (first) and of D (second) are the outermost grid axis: each core of a v5p takes some.
 """
@@ -26,7 +26,7 @@ SPARE = 4 << 20  # bytes of VMEM left to the compiler
 
 
 class Blocks(NamedTuple):
-  """Row counts that have code of their own, ascending, the last being a whole tile's; and splits."""
+  """Row counts that have code of their own, ascending, the last a whole tile's; and splits."""
   gate_heights: tuple = tuple(range(64, 577, 64))
   gate_splits: int = 1
   gate_columns: int = 256
@@ -69,6 +69,8 @@ def choose(M, D, F, E, dtype, save=False):
   """Blocks from the table, with as few splits as this chip has cores and VMEM allow; ValueError."""
   known = table.choose('grouped_matmul', M=M, D=D, F=F, E=E, dtype=jnp.dtype(dtype).name)
   blocks = Blocks(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+  for name in ('gate_heights', 'down_heights'):  # a group has at most M rows
+    blocks = blocks._replace(**{name: tuple(h for h in getattr(blocks, name) if h < M + ALIGN)})
   for name in ('gate_splits', 'down_splits'):
     kernel = f'experts_{"gate_up" if name == "gate_splits" else "down"}'
     splits = max(getattr(blocks, name), target.cores())
@@ -95,14 +97,16 @@ def _groups(count_E):
 
 
 def needs(M, D, F, dtype, blocks, save=False):
-  """Bytes of VMEM that either kernel's arrays take: {'experts_gate_up': ..., 'experts_down': ...}."""
+  """Bytes of VMEM that either kernel's arrays take, by its name."""
   M, size = M + -M % rows.PIECE, jnp.dtype(dtype).itemsize
   part, height, wide = F // blocks.gate_splits, blocks.gate_heights[-1], D // blocks.down_splits
-  gate_up = (M + 1 + 2 * height + 2 * rows.PIECE) * D + 4 * D * part
+  gap = 4 * rows.LANES * (M + 1)  # a sublane after each held row
+  gate_up = (M + 1 + 2 * height + 2 * rows.PIECE) * D + 4 * D * part + gap // size
   gate_up += (6 if save else 2) * height * part + 1024 * height
   height = blocks.down_heights[-1]
   down = 2 * (F * wide + height * F + rows.PIECE * wide) * size
-  return {'experts_gate_up': gate_up * size, 'experts_down': down + 4 * wide * (M + 1 + height + TAIL)}
+  return {'experts_gate_up': gate_up * size,
+          'experts_down': down + 4 * wide * (M + 1 + height + TAIL) + gap}
 
 
 def check(M, D, F, dtype, blocks, save=False, interpret=False):
@@ -118,9 +122,9 @@ def check(M, D, F, dtype, blocks, save=False, interpret=False):
   for name, need in needs(M, D, F, dtype, blocks, save).items():
     if need > room():
       raise ValueError(
-          f'{name} needs {need / 2**20:.1f} MiB of VMEM and {SPARE >> 20} to spare for {M} tokens of '
-          f'width {D} and F={F}, this chip has {target.vmem() / 2**20:.0f}: take more splits than '
-          f'{blocks.gate_splits} and {blocks.down_splits}, lower heights, or fewer tokens a call')
+          f'{name} needs {need / 2**20:.1f} MiB of VMEM and {SPARE >> 20} to spare for {M} tokens '
+          f'of width {D} and F={F}, this chip has {target.vmem() / 2**20:.0f}: take more splits '
+          f'than {blocks.gate_splits} and {blocks.down_splits}, lower heights, or fewer tokens')
 
 
 def _by_height(heights, live, run):
@@ -152,7 +156,7 @@ def _gate_up_kernel(place_s, start_s, rows_s, x_hbm, weight_ref, gate_ref, up_re
   def _():
     rows.hold(x_hbm, held, buffer, load_sem)
     n = rows.sublanes(D, tile.dtype)
-    held[pl.ds(held.shape[0] - n, n)] = jnp.zeros((n, rows.LANES), held.dtype)
+    held[pl.ds(held.shape[0] - rows.step(n), n)] = jnp.zeros((n, rows.LANES), held.dtype)
     rows.fetch(held, staged, place_s, 0, height, D, tile.dtype)
     state[0] = 0
 
@@ -196,11 +200,12 @@ def _multiply(tile, weight, gate_ref, up_ref, outs, h, columns, fetch):
   """
   D, part = gate_ref.shape
   turns = [(f, k) for f in range(0, part, columns) for k in range(0, D, DEPTH)]
-  after = 0
+  after = g = u = 0
   for (f, k), span in zip(turns, _share(tile.shape[0], len(turns))):
     at, deep = pl.ds(f, min(columns, part - f)), pl.ds(k, min(DEPTH, D - k))
     x = tile[:h, deep]
-    g, u = _dot(x, gate_ref[deep, at]) + (g if k else 0), _dot(x, up_ref[deep, at]) + (u if k else 0)
+    g = _dot(x, gate_ref[deep, at]) + (g if k else 0)
+    u = _dot(x, up_ref[deep, at]) + (u if k else 0)
     fetch(span, after)
     after = _nothing(g)
     if k + DEPTH >= D:
@@ -233,13 +238,14 @@ def _gate_up(x_MD, token_P, weight_P, groups, gate_EDF, up_EDF, blocks, save, in
   sublanes, word, VMEM = rows.sublanes(D, dtype), rows.word(dtype), pltpu.VMEM
   hbm = pl.BlockSpec(memory_space=pl.ANY)
   weights = pl.BlockSpec((None, D, part), lambda f, e, *_: (e, 0, f))
-  scratch = [*[VMEM((2, height, part), dtype)] * n, VMEM(((M + 1) * sublanes, rows.LANES), word),
+  step = rows.step(sublanes)
+  scratch = [*[VMEM((2, height, part), dtype)] * n, VMEM(((M + 1) * step, rows.LANES), word),
              VMEM(((height + 2) * sublanes, rows.LANES), word), VMEM((height, D), dtype),
              VMEM((height, rows.LANES), jnp.float32), VMEM((2, rows.PIECE, D), dtype),
              pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA]
   more = max(height, blocks.down_heights[-1])  # rows read and written beyond the last tile
   place_P, weight_P = (jnp.append(a, jnp.full(more, fill, a.dtype))
-                       for a, fill in ((token_P * sublanes, M * sublanes), (weight_P, 0)))
+                       for a, fill in ((token_P * step, M * step), (weight_P, 0)))
   return pl.pallas_call(
       functools.partial(_gate_up_kernel, blocks=blocks),
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -309,7 +315,7 @@ def _down_kernel(place_s, start_s, rows_s, after_s, h_hbm, down_ref, out_hbm, to
 
 
 def _divide(h, height):
-  """Rows of each turn: TAIL (or fewer) last, the others alike, at most half of the tallest's rest."""
+  """Rows of each turn: TAIL (or fewer) last, the others alike and at most half of a tile's rest."""
   if h <= TAIL:
     return (h,)
   turns = pl.cdiv(h - TAIL, _room(None, ..., height))
@@ -372,12 +378,13 @@ def _down(h_PF, M, token_P, groups, down_EFD, blocks, interpret):
   part, height = D // blocks.down_splits, blocks.down_heights[-1]
   n, VMEM, hbm = part // rows.LANES, pltpu.VMEM, pl.BlockSpec(memory_space=pl.ANY)
   spread = _room(None, ..., height)
-  scratch = [VMEM(((M + 1) * n, rows.LANES), jnp.float32),
-             *(VMEM((rows.pitch(room) * n, rows.LANES), jnp.float32) for room in (spread, spread, TAIL)),
+  scratch = [VMEM(((M + 1) * rows.step(n), rows.LANES), jnp.float32),
+             *(VMEM((rows.pitch(room) * n, rows.LANES), jnp.float32)
+               for room in (spread, spread, TAIL)),
              VMEM((2, height, F), dtype), VMEM((2, rows.PIECE, part), dtype),
              pltpu.SMEM((2,), jnp.int32),
              pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))]
-  place_P = jnp.append(token_P, jnp.full(height, M, jnp.int32)) * n
+  place_P = jnp.append(token_P, jnp.full(height, M, jnp.int32)) * rows.step(n)
   return pl.pallas_call(
       functools.partial(_down_kernel, blocks=blocks),
       grid_spec=pltpu.PrefetchScalarGridSpec(

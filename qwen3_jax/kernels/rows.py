@@ -1,9 +1,10 @@
 """Rows of a token array held in VMEM, fetched and summed one at a time: no permuted copy in HBM.
 
-A held row is `sublanes` whole sublanes of 128 words of 32 bits, so that one load or store moves up to
-1,024 words of it. In bfloat16 word c holds columns c (low half) and c + D/2 (high half) of the row.
-A tile of fetched rows is staged column block by column block, `pitch` sublanes apart; in bfloat16 the
-even rows come before the odd ones, because a register of 16-bit numbers holds rows in pairs.
+A held row is `sublanes` whole sublanes of 128 words of 32 bits, so that one load or store moves up
+to 1,024 words of it, and the next row begins `step` sublanes on. In bfloat16 word c holds columns c
+(low half) and c + D/2 (high half) of the row.
+A tile of fetched rows is staged column block by column block, `pitch` sublanes apart; in bfloat16
+the even rows come before the odd ones: a register of 16-bit numbers holds rows in pairs.
 """
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,16 @@ def sublanes(width, dtype):
   return width * jnp.dtype(dtype).itemsize // (4 * LANES)
 
 
-def pitch(rows):
-  """From one column block of staged rows to the next.
+def step(sublanes):
+  """From one held row to the next.
 
   VMEM has 32 banks: eight sublanes at a distance that is a multiple of 8 take 2 to 8 accesses.
   """
+  return sublanes + 1
+
+
+def pitch(rows):
+  """From one column block of staged rows to the next."""
   return rows + 1
 
 
@@ -64,16 +70,16 @@ def hold(x_hbm, held, buffer, semaphore):
 def _hold_piece(piece, held, first):
   D, dtype = piece.shape[1], piece.dtype
   n = sublanes(D, dtype)
-  start = pl.multiple_of(first * n, PIECE)
+  start = pl.multiple_of(first * step(n), PIECE)
   for b in range(n):
     block = pl.ds(b * LANES, LANES)
     if dtype == jnp.float32:
-      held[pl.ds(start + b, PIECE, stride=n)] = piece[:, block]
+      held[pl.ds(start + b, PIECE, stride=step(n))] = piece[:, block]
     else:
       low = pltpu.bitcast(piece[:, block], jnp.int32)
       high = pltpu.bitcast(piece[:, pl.ds(D // 2 + b * LANES, LANES)], jnp.int32)
-      held[pl.ds(start + b, PIECE // 2, stride=2 * n)] = lower(low, high)
-      held[pl.ds(start + n + b, PIECE // 2, stride=2 * n)] = upper(low, high)
+      held[pl.ds(start + b, PIECE // 2, stride=2 * step(n))] = lower(low, high)
+      held[pl.ds(start + step(n) + b, PIECE // 2, stride=2 * step(n))] = upper(low, high)
 
 
 def fetch(held, staged, place, first, rows, width, dtype, span=None):
@@ -87,7 +93,7 @@ def fetch(held, staged, place, first, rows, width, dtype, span=None):
   place = place.at[pl.ds(first, rows)]
   for r in range(*span or (0, rows)):
     to = r // halves + r % halves * n * stride
-    staged[pl.ds(to, n, stride=stride)] = held[pl.ds(pl.multiple_of(place[r], n), n)]
+    staged[pl.ds(to, n, stride=stride)] = held[pl.ds(place[r], n)]
 
 
 def unstage(staged, tile, height):
@@ -115,7 +121,7 @@ def add(total, staged, rows, place, first, span):
   for group in range(*span, 8):
     sums = []
     for r in range(group, group + 8):
-      at = pl.ds(pl.multiple_of(place[r], n), n)
+      at = pl.ds(place[r], n)
       sums.append((at, total[at] + staged[pl.ds(r, n, stride=pitch(rows))]))
     for at, value in sums:
       total[at] = value
@@ -135,7 +141,8 @@ def release(total, out_hbm, columns, buffer, semaphore):
     def _():
       copy(i - 2).wait()
     for b in range(n):
-      block = total[pl.ds(pl.multiple_of(i * PIECE * n, PIECE) + b, PIECE, stride=n)]
+      start = pl.multiple_of(i * PIECE * step(n), PIECE)
+      block = total[pl.ds(start + b, PIECE, stride=step(n))]
       buffer[i & 1, :, pl.ds(b * LANES, LANES)] = block.astype(buffer.dtype)
     copy(i).start()
     return 0

@@ -8,7 +8,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qwen3_jax.kernels import experts, grouped_matmul as kernel, reference
+from qwen3_jax.kernels import experts, grouped_gradient, reference
+from qwen3_jax.kernels import grouped_matmul as kernel
 
 M, E, X, D, F = 75, 5, 2, 512, 256
 SMALL = kernel.Blocks(gate_heights=(16, 48), gate_columns=128, down_heights=(16, 48),
@@ -23,6 +24,7 @@ def small(request, monkeypatch):
   """Groups and the rows that wait for the next tile, shrunk: interpreting takes a while a row."""
   if 'real_sizes' not in request.fixturenames:
     monkeypatch.setattr(kernel, 'ALIGN', 16)
+    monkeypatch.setattr(grouped_gradient, 'ALIGN', 16)
     monkeypatch.setattr(kernel, 'TAIL', 16)
 
 

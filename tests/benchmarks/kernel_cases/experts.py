@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen3_jax.kernels import experts, grouped_matmul as kernel, target
+from qwen3_jax.kernels import experts, target
+from qwen3_jax.kernels import grouped_matmul as kernel
 from qwen3_jax.kernels import rows as rows_of
 
 FLAGS = {'v6e:2x2': '--xla_tpu_scoped_vmem_limit_kib=98304',
@@ -38,13 +39,9 @@ def count_tiles(count_E, heights):
   return uses, sum(uses)
 
 
-def model(name, uses, tiles, steps, flops, hbm, loops):
-  return dict(steps=steps, executed=uses, trips=loops, flops=flops, hbm_bytes=hbm)
-
-
 def forward(M=8192, X=8, E=128, D=2048, F=768, kind='balanced', save=False, dtype='bfloat16',
-            blocks=None, only=None):
-  """Both kernels on a plan's arrays, or `only` one of them."""
+            blocks=None):
+  """Both kernels on a plan's arrays."""
   dtype = jnp.dtype(dtype)
   P = experts.count_rows(M * X, E, kernel.ALIGN)
   sizes = kernel.choose(M, D, F, E, dtype, save)
@@ -59,20 +56,20 @@ def forward(M=8192, X=8, E=128, D=2048, F=768, kind='balanced', save=False, dtyp
 
 
 def models(M, X, D, F, count_E, sizes, save, size):
-  E, live = len(count_E), int((-(-count_E // kernel.ALIGN) * kernel.ALIGN).sum())
-  used, result = int((count_E > 0).sum()), {}
-  hidden, pieces = live * F * size, M // rows_of.PIECE * target.cores()
-  for name, heights, splits, flops, hbm in (
-      ('experts_gate_up', sizes.gate_heights, sizes.gate_splits, 4 * M * X * D * F,
-       used * 2 * D * F * size + sizes.gate_splits * M * D * size + hidden * (3 if save else 1)),
-      ('experts_down', sizes.down_heights, sizes.down_splits, 2 * M * X * F * D,
-       used * F * D * size + sizes.down_splits * hidden + M * D * size)):
+  """What the scorer is told of either kernel; rows of h are copied in whole tiles."""
+  E, used, result = len(count_E), int((count_E > 0).sum()), {}
+  for name, heights, splits, flops, weights in (
+      ('experts_gate_up', sizes.gate_heights, sizes.gate_splits, 4 * M * X * D * F, 2 * D * F),
+      ('experts_down', sizes.down_heights, sizes.down_splits, 2 * M * X * F * D, F * D)):
     uses, tiles = count_tiles(count_E, heights)
-    steps = splits * E
+    pieces = M // rows_of.PIECE * (target.cores() if splits == target.cores() else 1)
+    hidden = tiles * heights[-1] * F
+    first = name == 'experts_gate_up'
+    copied = (splits * M * D + hidden * (3 if save else 1) if first else splits * hidden + M * D)
     result[name] = dict(
-        steps=steps, executed=[splits * n for n in uses], init=splits, final=splits,
-        trips={3: tiles / E, 4: 0, 5: pieces} if name == 'experts_down' else
-        {1: pieces, 2: tiles / E}, flops=flops, hbm_bytes=hbm)
+        steps=splits * E, executed=[splits * n for n in uses], init=splits, final=splits,
+        trips={1: pieces, 2: tiles / E} if first else {2: tiles / E, 3: 0, 4: pieces},
+        flops=flops, hbm_bytes=size * (used * weights + copied))
   return result
 
 
@@ -97,3 +94,22 @@ def down(M=8192, X=8, E=128, D=2048, F=768, kind='balanced', dtype='bfloat16', b
   fn = lambda h, token, count, down: kernel._down(
       h, M, token, kernel._groups(count), down, sizes, False)
   return dict(fn=fn, args=[h_PF, token, count, weights], models=built['models'])
+
+
+def _case(label, topology, target, public, **kwargs):
+  return dict(label=label, builder='forward', kwargs=kwargs, topology=topology,
+              flags=FLAGS[topology], target_us=target, best_public_us=public)
+
+
+# Best public sums: gate/up + SwiGLU and down alone by the larger of schedule and HBM time (v6e:
+# gmm_v2, 716 + 471 us; v5p: megablox gmm, 1247 + 754), and the HBM time of what is fused here and
+# separate there: permuted copy, combine, and on v5p the activation (v6e 327 + 184, v5p 194 + 109 +
+# 109). Wide: megablox gmm 6123 + 1677, and half of 7313 + 2770, for half of the tokens.
+CASES = [
+    _case('experts, balanced', 'v6e:2x2', 1273, 1698, kind='balanced'),
+    _case('experts, Zipf', 'v6e:2x2', 1273, 1698, kind='skewed'),
+    _case('experts, balanced', 'v5p:2x2x1', 1601, 2413, kind='balanced'),
+    _case('experts, Zipf', 'v5p:2x2x1', 1601, 2413, kind='skewed'),
+    _case('experts 4096/1536', 'v6e:2x2', 5850, 7800, D=4096, F=1536),
+    _case('experts 4096/1536, 4096 tokens', 'v5p:2x2x1', 4033, 5041, M=4096, D=4096, F=1536),
+]
