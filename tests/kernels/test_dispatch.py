@@ -21,7 +21,8 @@ def described(kind, platform, **sizes):
   """A mesh, with all of the alphabet's axes, of devices that are not here."""
   device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
   sizes = tuple(sizes.get(axis, 1) for axis in alphabet.AXES)
-  return jax.sharding.AbstractMesh(sizes, alphabet.AXES, abstract_device=device)
+  types = (jax.sharding.AxisType.Auto,) * len(sizes)
+  return jax.sharding.AbstractMesh(sizes, alphabet.AXES, axis_types=types, abstract_device=device)
 
 
 def shapes(B, T, S, N, K, H, dtype=jnp.bfloat16):
