@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen3_jax.kernels import target
-from qwen3_jax.kernels.paged_flash import LANES, paged_flash
+from qwen3_jax.kernels.paged_flash import paged_flash, refusal
 from qwen3_jax.kernels.paged_write import paged_write
 
 MASKED = -1e30  # finite, so that no difference of two of them is NaN
@@ -25,7 +25,7 @@ def paged_attention(q_BKGH, k_BKHS, v_BKSH, table_BC, length_B):
   """
   if q_BKGH.ndim == 4:
     return paged_attention(q_BKGH[:, None], k_BKHS, v_BKSH, table_BC, length_B)[:, 0]
-  if _suits('attention', q_BKGH, v_BKSH):
+  if _suits('attention', q_BKGH, k_BKHS, v_BKSH):
     return paged_flash(q_BKGH, k_BKHS, v_BKSH, table_BC, length_B)
   return _blocks(q_BKGH, k_BKHS, v_BKSH, table_BC, length_B)
 
@@ -37,20 +37,18 @@ def write(k_BKHS, v_BKSH, page_B, slot_B, k_BKH, v_BKH):
   is not determined.
   """
   k_BKH, v_BKH = k_BKH.astype(k_BKHS.dtype), v_BKH.astype(v_BKSH.dtype)
-  if _suits('writing', k_BKH, v_BKSH):
+  if _suits('writing', k_BKH, k_BKHS, v_BKSH):
     return tuple(paged_write(k_BKHS, v_BKSH, page_B, slot_B, k_BKH, v_BKH))
   return k_BKHS.at[page_B, :, :, slot_B].set(k_BKH), v_BKSH.at[page_B, :, slot_B].set(v_BKH)
 
 
-def _suits(operation, new, v_BKSH):
-  """Whether the kernels run: on TPU, if pages have whole lanes and one dtype."""
+def _suits(operation, new, k_BKHS, v_BKSH):
+  """Whether the kernels run: on TPU, if they take such pages."""
   if target.platform() != 'tpu':
     return False
-  suits = v_BKSH.shape[2] % LANES == 0 and v_BKSH.dtype == new.dtype
-  reason = None if suits else (f'pages have {v_BKSH.shape[2]} slots, no multiple of {LANES}, or '
-                               f'dtype {v_BKSH.dtype}, not {new.dtype}')
-  target.report(f'paged {operation}', 'one kernel' if suits else 'plain JAX', reason)
-  return suits
+  reason = refusal(new, k_BKHS, v_BKSH)
+  target.report(f'paged {operation}', 'plain JAX' if reason else 'one kernel', reason)
+  return not reason
 
 
 def _blocks(q_BQKGH, k_BKHS, v_BKSH, table_BC, length_B):

@@ -338,6 +338,17 @@ def _backward(blocks, interpret, saved, do_BQKGH):
 _paged_flash.defvjp(_forward, _backward)
 
 
+def refusal(q_BQKGH, k_BKHS, v_BKSH):
+  """Why the kernel does not take these arrays, or None."""
+  S, H = v_BKSH.shape[2:]
+  if S % LANES:
+    return f'pages have {S} slots, no multiple of {LANES}'
+  if H not in (64, 128):
+    return f'heads are {H} wide, not 64 or 128'
+  if not q_BQKGH.dtype == k_BKHS.dtype == v_BKSH.dtype:
+    return f'queries are {q_BQKGH.dtype}, keys {k_BKHS.dtype}, values {v_BKSH.dtype}'
+
+
 def paged_flash(q_BQKGH, k_BKHS, v_BKSH, table_BC, length_B, *, blocks=None, interpret=None):
   """softmax(q k / sqrt(H)) v of each row's last Q tokens over its first `length_B`, as q_BQKGH.
 
@@ -353,12 +364,12 @@ def paged_flash(q_BQKGH, k_BKHS, v_BKSH, table_BC, length_B, *, blocks=None, int
   """
   B, Q, K, G, H = q_BQKGH.shape
   S, C = v_BKSH.shape[2], table_BC.shape[1]
-  if S % LANES or k_BKHS.dtype != q_BQKGH.dtype or v_BKSH.dtype != q_BQKGH.dtype:
-    raise ValueError(f'paged_flash takes pages of a multiple of {LANES} slots in the dtype of the '
-                     f'queries, not {S} slots, {q_BQKGH.dtype}, {k_BKHS.dtype}, {v_BKSH.dtype}')
-  if 4 * B * (C + 3) > SMEM:
+  reason = refusal(q_BQKGH, k_BKHS, v_BKSH)
+  if reason:
+    raise ValueError(f'paged_flash: {reason}')
+  if 4 * B * (C + 4) > SMEM:
     raise ValueError(f'paged_flash keeps the table in SMEM: {B} rows x {C} pages are '
-                     f'{4 * B * (C + 3)} bytes, more than {SMEM}: take larger pages or fewer rows')
+                     f'{4 * B * (C + 4)} bytes, more than {SMEM}: take larger pages or fewer rows')
   chosen = table_of_blocks.choose('paged_flash', rows=B, tokens=Q, heads=K, group=G, width=H,
                                   slots=S, columns=C, dtype=q_BQKGH.dtype.name)
   blocks = tuple(sorted({**DEFAULT, **chosen, **(blocks or {})}.items()))
