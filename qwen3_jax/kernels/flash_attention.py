@@ -85,9 +85,9 @@ class Kept(NamedTuple):
 
 
 def choose(N, K, H, T, S, dtype):
-  """`Blocks` for stretches of T queries and S keys: the table's, else about a thousand columns."""
+  """`Blocks` for stretches of T queries and S keys: the table's, else 1,000 or 2,000 columns."""
   heads = max(d for d in range(1, 6) if N // K % d == 0)
-  queries = 1 << (1280 // heads).bit_length() - 1
+  queries = 1 << ((1280 if T < 16384 else 2560) // heads).bit_length() - 1
   keys = 256
   while queries > 128 and queries // 2 >= T:
     queries //= 2
@@ -95,7 +95,7 @@ def choose(N, K, H, T, S, dtype):
     keys //= 2
   size = jnp.dtype(dtype).itemsize
   resident = (target.vmem() - 20 * MIB) // (5 * max(H, 128) * size)  # twice k and v, v turned
-  default = dict(queries=queries, keys=keys, units=8, heads=heads, columns=256,
+  default = dict(queries=queries, keys=keys, units=8 if size == 2 else 2, heads=heads, columns=256,
                  resident=1 << resident.bit_length() - 1)
   found = table.choose('flash_forward', N=N, K=K, H=H, T=T, S=S, dtype=jnp.dtype(dtype).name)
   return Blocks(**default | found)
