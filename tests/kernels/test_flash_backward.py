@@ -71,8 +71,7 @@ def test_segments(kind):
     assert (x[segment == 0] == 0).all()
 
 
-@pytest.mark.parametrize('N, K, sizes', [(3, 3, dict(heads=1)), (10, 2, dict(heads=5)),
-                                         (16, 1, dict(units=4, queries=16))])
+@pytest.mark.parametrize('N, K, sizes', [(3, 3, dict(heads=1, units=4)), (5, 1, dict(heads=5))])
 def test_head_ratios(N, K, sizes):
   segment = segments('packed', 1, 40)
   check(make_inputs(1, 40, 40, N, K), segment, segment, **sizes)
@@ -80,37 +79,26 @@ def test_head_ratios(N, K, sizes):
 
 @pytest.mark.parametrize('q_start, k_start, window', [
     ((0, 60), (20, 40), None),  # a zigzag shard: one stretch of queries sees none of the keys
-    ((60, 0), (40, 0), None),  # stretches out of order, in part unseen
-    ((7, 33), (0,), None), ((25,), (0,), 9), ((0,), (0,), 13)])
+    ((7, 33), (0,), None), ((25,), (0,), 9)])
 def test_stretches_and_window(q_start, k_start, window):
   T, S = 20 * len(q_start), 20 * len(k_start) if len(k_start) > 1 else 60
   one = jnp.ones((1, 1), jnp.int32)
-  check(make_inputs(1, T, S, 4, 2), jnp.tile(one, (1, T)), jnp.tile(one, (1, S)), q_start, k_start,
-        window)
+  check(make_inputs(1, T, S, 2, 1), jnp.tile(one, (1, T)), jnp.tile(one, (1, S)), q_start, k_start,
+        window, units=1)
 
 
 def test_keys_in_turns_that_do_not_fit_at_once():
+  """With the output and log-sum-exp of all keys, the gradients of parts of them add up."""
   segment = segments('packed', 2, 70)
-  check(make_inputs(2, 70, 70, 4, 2), segment, segment, resident=32)
-
-
-def test_parts_of_the_keys_add_up():
-  """With the output and log-sum-exp of all keys, the gradients of two halves of them add up."""
-  q, k, v, do = make_inputs(1, 32, 32, 4, 2)
-  segment, start = segments('packed', 1, 32), jnp.zeros(1, jnp.int32)
-  (o, lse), want = differentiate(q, k, v, do, segment, segment, start, start)
-  halves = [backward(q, k[:, at], v[:, at], segment, segment[:, at], start, start + at.start, o,
-                     lse, do, sizes=()) for at in (slice(0, 16), slice(16, 32))]
-  got = [halves[0][0] + halves[1][0]] + [jnp.concatenate(x, 1) for x in zip(*halves)][1:]
-  for a, b in zip(got, want):
-    np.testing.assert_allclose(a, b, atol=1e-5)
+  check(make_inputs(2, 70, 70, 4, 2), segment, segment, resident=32, units=1)
 
 
 def test_nothing_seen_gives_zero():
   q, k, v, do = make_inputs(2, 45, 45, 8, 2)
   ones, start = segments('whole', 2, 45), jnp.zeros(1, jnp.int32)
   o, lse = jnp.zeros_like(q), jnp.full((2, 8, 45), -1e30)
-  for x in backward(q, k, v, ones, ones, start, start + 45, o, lse, do, sizes=()):
+  for x in backward(q, k, v, ones, ones, start, start + 45, o, lse, do, window=None,
+                    sizes=()):
     assert (x == 0).all()
 
 
@@ -121,19 +109,16 @@ def test_huge_norms_stay_finite():
   check((20 * q, 20 * k, v, do), segment, segment, tolerance=2e-3)
 
 
-@pytest.mark.parametrize('dtype', [None, jnp.float32])
-def test_bfloat16_is_as_near_as_a_bfloat16_meaning(dtype):
-  """Head dimension 128, the sizes of a real step; errors against float32 of the same numbers."""
-  inputs = make_inputs(1, 384, 384, 2, 1, H=128, dtype=jnp.bfloat16)
-  segment, start = segments('padded', 1, 384), jnp.zeros(1, jnp.int32)
+def test_bfloat16_is_as_near_as_a_bfloat16_meaning():
+  """Head dimension 128; errors against float32 of the same numbers."""
+  inputs = make_inputs(1, 200, 200, 2, 1, H=128, dtype=jnp.bfloat16)
+  segment, start = segments('padded', 1, 200), jnp.zeros(1, jnp.int32)
   place = segment, segment, start, start
   _, exact = differentiate(*(x.astype(jnp.float32) for x in inputs), *place)
   (o, lse), meant = differentiate(*inputs, *place)
-  q, k, v, do = inputs
-  got = backward(q, k, v, *place, o, lse, do, dtype=dtype,
-                 sizes=tuple(dict(queries=128, chunk=128).items()))
-  for a, b, c in zip(got, meant, exact):
-    assert a.dtype == (dtype or jnp.bfloat16)
+  args, sizes = (*inputs[:3], *place, o, lse, inputs[3]), dict(queries=128, chunk=128, units=1)
+  for a, b, c in zip(backward(*args, sizes=tuple(sizes.items())), meant, exact):
+    assert a.dtype == jnp.bfloat16
     mine, usual = (float(jnp.linalg.norm(x.astype(jnp.float32) - c)) for x in (a, b))
     assert mine <= 2 * usual + 2e-3 * float(jnp.linalg.norm(c))
 
@@ -164,7 +149,8 @@ def test_compiles(topology, T, S, N, K, H, dtype, sizes):
     dims, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
   start = shape(1, dtype=jnp.int32)
   q, k, lse = shape(1, T, N, H), shape(1, S, K, H), shape(1, N, T, dtype=jnp.float32)
-  run = functools.partial(flash_backward.backward, window=1500 if sizes else None, blocks=sizes)
+  run = functools.partial(flash_backward.backward, window=1500 if sizes else None, blocks=sizes,
+                          dtype=jnp.float32 if sizes else None)
   with jax.set_mesh(mesh):
     compiled = jax.jit(run).lower(q, k, k, shape(1, T, dtype=jnp.int32),
                                   shape(1, S, dtype=jnp.int32), start, start, q, lse, q).compile()
