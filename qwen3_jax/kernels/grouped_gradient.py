@@ -1,17 +1,17 @@
 """Gradients of a mixture's experts on rows sorted by expert, as TPU kernels.
 
-For each row p of expert e: y = down(h), h = silu(g) * u, g = gate x, u = up x, and the row's weight w.
-Given dy, unweighted:
+For each row of expert e: y = down(h), h = silu(g) * u, g = gate x, u = up x, and the row's weight
+is w. Given dy, unweighted:
 
   dh = dy down^T     dw = sum_F dh h     du = w dh silu(g)     dg = w dh u silu'(g)
   dx = dg gate^T + du up^T     d_gate = x^T dg     d_up = x^T du     d_down = (w h)^T dy
 
-`_weights_kernel` reads a tile of rows once and does all of it where an expert's three matrices fit in
-VMEM whole. Where they do not, it does everything but dx, a part of F at a time, and `_inputs_kernel`
-does dx. An expert's gradients stay in VMEM in float32 over all its rows: HBM sees them once.
+`_weights_kernel` reads a tile of rows once and does all of it where an expert's three matrices
+fit in VMEM whole. Where they do not, or where two cores share the work, it does everything but dx,
+a part of F at a time, and `_inputs_kernel` does dx. An expert's gradients stay in VMEM in float32
+over all its rows: HBM sees them once.
 """
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from qwen3_jax.kernels import blocks as table
 from qwen3_jax.kernels import target
 
 ALIGN = 64  # rows; every expert's group begins and ends at a multiple
-SPARE = 4 << 20  # bytes of VMEM left to the compiler
+SPARE = 10 << 20  # bytes of VMEM left to the compiler, which keeps products there
 LANES = 128
 NT = (((1,), (1,)), ((), ()))  # a b^T
 NN = (((1,), (0,)), ((), ()))  # a b
@@ -77,19 +77,32 @@ def rows_gradient(x_PD, dy_PD, g_PF, u_PF, weight_P, count_E, gate_EDF, up_EDF, 
 
 
 def choose(P, D, F, E, dtype):
-  """Blocks from the table, with as few parts as this chip has cores and VMEM allow; ValueError."""
+  """Blocks from the table, else the most rows in the fewest parts that this chip's VMEM holds."""
   known = table.choose('grouped_gradient', P=P, D=D, F=F, E=E, dtype=jnp.dtype(dtype).name)
   known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-  rows = min(512, P, max(128, (P // E + 32) // 128 * 128))
-  parts, narrow = target.cores(), target.kind() in ('v5e', 'v5p')  # matrix units of 128, not 256
+  for rows in range(min(512, P, max(128, (P // E + 32) // 128 * 128)), 0, -128):
+    blocks = _divide(D, F, dtype, rows)._replace(**known)
+    if max(needs(D, F, dtype, blocks).values()) <= room():
+      break
+  return blocks
+
+
+def _divide(D, F, dtype, rows):
+  """Blocks with the fewest parts of F and of D that fit, or else with the most."""
+  cores, narrow = target.cores(), target.kind() in ('v5e', 'v5p')  # matrix units of 128, not 256
   unit, columns, hidden = (128, 1024, 384) if narrow else (256, 512, 256)
-  blocks = Blocks(rows, (*range(unit, rows, unit), rows, rows + ALIGN), math.gcd(D, columns),
-                  hidden, parts, parts)
-  blocks = blocks._replace(**known)
-  for name, kernel in (('splits', 'experts_backward'), ('inputs', 'experts_backward_inputs')):
-    while needs(D, F, dtype, blocks)[kernel] > room() and getattr(blocks, name) < 16:
-      blocks = blocks._replace(**{name: 2 * getattr(blocks, name)})
-  return blocks._replace(hidden=math.gcd(F // blocks.splits, blocks.hidden))
+  heights = *range(unit, rows, unit), rows, rows + ALIGN
+  blocks = Blocks(rows, heights, columns, hidden, cores, cores)
+  for name, width, kernel in (('splits', F, 'experts_backward'),
+                              ('inputs', D, 'experts_backward_inputs')):
+    for parts in range(cores, width // LANES + 1, cores):
+      if width % (parts * LANES) == 0 and needs(D, F, dtype, blocks)[kernel] > room():
+        blocks = blocks._replace(**{name: parts})
+
+  def divisor(width, most):
+    return max((n for n in range(LANES, most + 1, LANES) if width % n == 0), default=width)
+  return blocks._replace(hidden=divisor(F // blocks.splits, hidden),
+                         columns=divisor(D // blocks.inputs, columns))
 
 
 def room():
@@ -110,16 +123,16 @@ def needs(D, F, dtype, blocks):
 def check(P, D, F, dtype, blocks):
   """Raises ValueError where blocks do not divide the shapes or VMEM does not hold them."""
   part = F // blocks.splits
-  if (F % blocks.splits or part % blocks.hidden or D % blocks.columns or D % blocks.inputs
+  if (F % blocks.splits or part % blocks.hidden or D % (blocks.columns * blocks.inputs)
       or P < blocks.rows or any(n % ALIGN for n in (P, blocks.rows, *blocks.heights))):
     raise ValueError(f'{blocks} do not fit {P} rows, D={D}, F={F}: splits times hidden must divide '
-                     f'F, columns and inputs D, and rows be multiples of {ALIGN}, at most {P}')
+                     f'F, columns times inputs D, and rows be multiples of {ALIGN}, at most {P}')
   for name, need in needs(D, F, dtype, blocks).items():
     if need > room():
       raise ValueError(
-          f'{name} needs {need / 2**20:.1f} MiB of VMEM and {SPARE >> 20} to spare for D={D}, F={F}, '
-          f'this chip has {target.vmem() / 2**20:.0f}: take more splits than {blocks.splits} and '
-          f'inputs than {blocks.inputs}, or fewer rows than {blocks.heights[-1]}')
+          f'{name} needs {need / 2**20:.1f} MiB of VMEM and {SPARE >> 20} to spare for D={D} and '
+          f'F={F}, this chip has {target.vmem() / 2**20:.0f}: take more splits than '
+          f'{blocks.splits} and inputs than {blocks.inputs}, or fewer rows than {blocks.rows}')
 
 
 def _following(rows_E):
@@ -158,7 +171,7 @@ def _take(left, blocks):
 
 
 def _visit_tiles(rows_E, after_E, start_E, state, blocks, load, store, visit, least=0):
-  """Runs visit(tile's number, slot, rows) on the tiles of this grid step's expert, copying round it.
+  """Runs visit(tile's number, slot, rows) on this grid step's expert, copying rows round it.
 
   An expert without rows has `least` tiles, of 0 rows.
   `state` in SMEM: tiles visited by this core, and the rows still being stored from either slot.
@@ -223,84 +236,107 @@ def _hidden_gradient(h, rows, dy_ref, g_ref, u_ref, weight_ref, down_ref, dweigh
   dweight_ref[:h] = dweight
 
 
-def _accumulate(sum_ref, out_ref, place, value, first):
-  """Adds to the float32 sum and leaves it in the output's dtype too."""
-  value += jnp.where(first, 0, sum_ref[place])
-  sum_ref[place] = value
-  if out_ref is not sum_ref:
-    out_ref[place] = value.astype(out_ref.dtype)
+class Refs(NamedTuple):
+  """What the first kernel works on; `weights` is down alone where dx is left to the second."""
+  rows_hbm: list  # x, dy, g, u, w
+  weights: list  # gate, up, down
+  out_hbm: list  # dw, then dx, or dg and du
+  grads: list
+  in_tiles: list  # two slots each
+  out_tiles: list
+  inner: list  # dg, du; none where they are out_tiles
+  hidden: jax.Array  # (w h)^T
+  state: jax.Array
+  in_semaphore: jax.Array
+  out_semaphore: jax.Array
+  sums: list  # float32
+
+
+def _group(refs, whole, own_sums):
+  """(scalars, Refs) of the kernel's arguments."""
+  refs = iter(refs)
+  take = lambda n: [next(refs) for _ in range(n)]
+  scalars, outs = take(3), 2 if whole else 3
+  lists = [take(n) for n in (5, 3 if whole else 1, outs, 3, 5, outs, 2 if whole else 0)]
+  return scalars, Refs(*lists, *take(4), take(3) if own_sums else lists[3])
 
 
 def _weights_kernel(*refs, blocks, whole, own_sums):
-  """One expert (grid axis 1) and one part of F (axis 0); see `_weights_gradient` for the refs."""
-  refs = iter(refs)
-  take = lambda n: [next(refs) for _ in range(n)]
-  scalars, rows_hbm = take(3), take(5)
-  gate_ref, up_ref = take(2) if whole else (None, None)
-  down_ref, = take(1)
-  out_hbm = take(2 if whole else 3)
-  grads = take(3)
-  in_buf = take(5)
-  out_buf = take(2 if whole else 3)
-  dg_ref, du_ref = take(2) if whole else (None, None)
-  hidden_ref, state, in_sem, out_sem = take(4)
-  sums = take(3) if own_sums else grads
-  tile, columns, part = blocks.heights[-1], blocks.columns, pl.program_id(0)
-  F = down_ref.shape[0]
-  lane = pl.ds(pl.multiple_of(part * F, F), F)
+  """One expert (grid axis 1) and one part of F (axis 0)."""
+  scalars, refs = _group(refs, whole, own_sums)
 
-  def load(start, live, slot, act):
-    def pairs(offset, size):
-      at = pl.ds(pl.multiple_of(start + offset, ALIGN), size)
-      for i, (source, to) in enumerate(zip(rows_hbm, in_buf)):
-        yield (source.at[at, lane] if i in (2, 3) else source.at[at],
-               to.at[slot, pl.ds(offset, size)])
-    _copy(pairs, in_sem.at[slot], live, blocks.rows, act)
-
-  def store(start, live, slot, act):
-    def pairs(offset, size):
-      at = pl.ds(pl.multiple_of(start + offset, ALIGN), size)
-      for i, (source, to) in enumerate(zip(out_buf, out_hbm)):
-        to = to.at[part, at] if i == 0 else to.at[at] if whole else to.at[at, lane]
-        yield source.at[slot, pl.ds(offset, size)], to
-    _copy(pairs, out_sem.at[slot], live, blocks.rows, act)
-
-  def visit(t, slot, n):
-    x_ref, dy_ref, g_ref, u_ref, weight_ref = (b.at[slot] for b in in_buf)
-    dweight_ref, *out_refs = (b.at[slot] for b in out_buf)
-    dg, du = (dg_ref, du_ref) if whole else out_refs
-
-    def run(h):
-      _hidden_gradient(h, n, dy_ref, g_ref, u_ref, weight_ref, down_ref, dweight_ref, dg, du,
-                       hidden_ref, blocks.hidden)
-
-      def turn(i, _):
-        at = pl.ds(pl.multiple_of(i * columns, columns), columns)
-        _accumulate(sums[2], grads[2], (slice(None), at),
-                    _dot(hidden_ref[:, :h], dy_ref[:h, at], NN), t == 0)
-        if whole:
-          out_refs[0][:h, at] = (_dot(dg[:h], gate_ref[at], NT) + _dot(du[:h], up_ref[at], NT)
-                                 ).astype(out_refs[0].dtype)
-        x_T = x_ref[:h, at].T
-        _accumulate(sums[0], grads[0], (at, slice(None)), _dot(x_T, dg[:h], NN), t == 0)
-        _accumulate(sums[1], grads[1], (at, slice(None)), _dot(x_T, du[:h], NN), t == 0)
-        return 0
-      turns = x_ref.shape[1] // columns
-      jax.lax.fori_loop(0, turns, turn, 0, unroll=turns == 1)
-    _by_height(blocks.heights, n, run)
+  def visit(t, slot, rows):
+    _by_height(blocks.heights, rows, functools.partial(_tile_gradient, refs, blocks, slot, rows,
+                                                       t == 0))
 
   def clear(i, _):
     at = pl.ds(pl.multiple_of(i * ALIGN, ALIGN), ALIGN)
-    for ref in in_buf[:4]:  # rows that no copy has reached meet zeros in the products: no NaN there
+    for ref in refs.in_tiles[:4]:  # rows that no copy has reached meet zeros: no NaN there
       ref[:, at] = jnp.zeros((2, ALIGN, ref.shape[2]), ref.dtype)
     return 0
+  tile = blocks.heights[-1]
   jax.lax.fori_loop(0, jnp.where(pl.program_id(1) == 0, tile // ALIGN, 0), clear, 0)
-  _visit_tiles(*scalars, state, blocks, load, store, visit, least=1)  # 0 rows: zero gradients
+  load, store = _copies(refs, blocks, whole)
+  # An expert without rows has one tile of 0 rows, which makes its gradients zero.
+  _visit_tiles(*scalars, refs.state, blocks, load, store, visit, least=1)
+
+
+def _copies(refs, blocks, whole):
+  """The functions that start or wait for copies of a tile's rows in and out."""
+  f, F = pl.program_id(0), refs.weights[-1].shape[0]
+  lane = pl.ds(pl.multiple_of(f * F, F), F)
+
+  def load(start, live, slot, act):
+    def pairs(offset, size):
+      at, to = pl.ds(pl.multiple_of(start + offset, ALIGN), size), pl.ds(offset, size)
+      for i, (source, tile) in enumerate(zip(refs.rows_hbm, refs.in_tiles)):
+        yield source.at[at, lane] if i in (2, 3) else source.at[at], tile.at[slot, to]
+    _copy(pairs, refs.in_semaphore.at[slot], live, blocks.rows, act)
+
+  def store(start, live, slot, act):
+    def pairs(offset, size):
+      at, of = pl.ds(pl.multiple_of(start + offset, ALIGN), size), pl.ds(offset, size)
+      (dweight, *outs), (to_dweight, *to) = refs.out_tiles, refs.out_hbm
+      yield dweight.at[slot, of], to_dweight.at[f, at]
+      for tile, target_hbm in zip(outs, to):
+        yield tile.at[slot, of], target_hbm.at[at] if whole else target_hbm.at[at, lane]
+    _copy(pairs, refs.out_semaphore.at[slot], live, blocks.rows, act)
+  return load, store
+
+
+def _tile_gradient(refs, blocks, slot, rows, first, h):
+  """All gradients of a tile of h rows, `rows` of them its own; `first` of its expert or not."""
+  x_ref, dy_ref, g_ref, u_ref, weight_ref = (tile.at[slot] for tile in refs.in_tiles)
+  dweight_ref, *outs = (tile.at[slot] for tile in refs.out_tiles)
+  dg, du = refs.inner or outs
+  *inputs, down_ref = refs.weights
+  _hidden_gradient(h, rows, dy_ref, g_ref, u_ref, weight_ref, down_ref, dweight_ref, dg, du,
+                   refs.hidden, blocks.hidden)
+
+  def add(i, place, value):
+    value += jnp.where(first, 0, refs.sums[i][place])
+    refs.sums[i][place] = value
+    if refs.grads[i] is not refs.sums[i]:
+      refs.grads[i][place] = value.astype(refs.grads[i].dtype)
+
+  def turn(i, _):
+    at = pl.ds(pl.multiple_of(i * blocks.columns, blocks.columns), blocks.columns)
+    add(2, (slice(None), at), _dot(refs.hidden[:, :h], dy_ref[:h, at], NN))
+    if inputs:
+      gate_ref, up_ref = inputs
+      dx = _dot(dg[:h], gate_ref[at], NT) + _dot(du[:h], up_ref[at], NT)
+      outs[0][:h, at] = dx.astype(outs[0].dtype)
+    x_T = x_ref[:h, at].T
+    add(0, (at, slice(None)), _dot(x_T, dg[:h], NN))
+    add(1, (at, slice(None)), _dot(x_T, du[:h], NN))
+    return 0
+  turns = x_ref.shape[1] // blocks.columns
+  jax.lax.fori_loop(0, turns, turn, 0, unroll=turns == 1)
 
 
 def _weights_gradient(scalars, x_PD, dy_PD, g_PF, u_PF, weight_P, gate_EDF, up_EDF, down_EFD,
                       blocks, interpret):
-  """(dx_PD or None, dg_PF, du_PF (None where dx is not), dweight_P, the three weights' gradients)."""
+  """(dx_PD or None, dg_PF and du_PF or None, dweight_P, the three weights' gradients)."""
   P, D = x_PD.shape
   E, F = down_EFD.shape[:2]
   tile, dtype = blocks.heights[-1], x_PD.dtype
@@ -317,7 +353,7 @@ def _weights_gradient(scalars, x_PD, dy_PD, g_PF, u_PF, weight_P, gate_EDF, up_E
              *([VMEM((tile, part), dtype)] * 2 if whole else []), VMEM((part, tile), dtype),
              pltpu.SMEM((3,), jnp.int32), pltpu.SemaphoreType.DMA((2,)),
              pltpu.SemaphoreType.DMA((2,)),
-             *([VMEM(s, jnp.float32) for s in ((D, part), (D, part), (part, D))] if own_sums else [])]
+             *[VMEM(s, jnp.float32) for s in ((D, part), (D, part), (part, D)) if own_sums]]
   weights = (gate_EDF, up_EDF, down_EFD) if whole else (down_EFD,)
   dweight, *outs = pl.pallas_call(
       functools.partial(_weights_kernel, blocks=blocks, whole=whole, own_sums=own_sums),
@@ -333,11 +369,10 @@ def _weights_gradient(scalars, x_PD, dy_PD, g_PF, u_PF, weight_P, gate_EDF, up_E
   return *outs[:3], dweight.sum(0)[:, 0], *outs[3:]
 
 
-def _inputs_kernel(rows_E, after_E, start_E, dg_hbm, du_hbm, gate_ref, up_ref, dx_hbm, dg_buf, du_buf,
-                   dx_buf, state, in_sem, out_sem, *, blocks):
+def _inputs_kernel(rows_E, after_E, start_E, dg_hbm, du_hbm, gate_ref, up_ref, dx_hbm, dg_buf,
+                   du_buf, dx_buf, state, in_sem, out_sem, *, blocks):
   """dx of one expert (grid axis 1) and one part of D (axis 0)."""
-  tile, part = blocks.heights[-1], gate_ref.shape[0]
-  columns = min(blocks.columns, part)
+  columns, part = blocks.columns, gate_ref.shape[0]
   lane = pl.ds(pl.multiple_of(pl.program_id(0) * part, part), part)
 
   def load(start, live, slot, act):
@@ -385,4 +420,4 @@ def _inputs_gradient(scalars, dg_PF, du_PF, gate_EDF, up_EDF, blocks, interpret)
 
 def _params():
   return pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'),
-                              vmem_limit_bytes=target.vmem() - SPARE // 2)
+                              vmem_limit_bytes=target.vmem() - (2 << 20))

@@ -1,12 +1,13 @@
 """Cases of the expert kernels' backward pass, scored from the compiler's schedule.
 
-Rows are 8,192 tokens' 8 choices of 128 experts: 'even' groups have 512 rows each, 'balanced' ones are
-drawn with equal probabilities, 'skewed' ones with Zipf's (1 / rank), an expert at most once a token.
-Runs of each height's code, pieces of copies and padding rows are counted from these sizes.
+Rows are 8,192 tokens' 8 choices of 128 experts: 'even' groups have 512 rows each, 'balanced' ones
+are drawn with equal probabilities, 'skewed' ones with Zipf's (1 / rank), an expert at most once a
+token. Runs of each height's code, pieces of copies and padding rows are counted from these sizes.
 
-The best public sum is megablox's (JAX 0.12) with the best tiles that were found and tokamax's gmm_v2,
-whichever has the lesser maximum of schedule and HBM time: dh = dy down^T, XLA's SwiGLU derivative at
-HBM speed (six arrays of rows times F), dx, and tgmm for gate with up and for down.
+The best public sum takes megablox's kernels (JAX 0.12) with the best tiles that were found, or
+tokamax's gmm_v2, whichever has the lesser maximum of schedule and HBM time: dh = dy down^T, XLA's
+SwiGLU derivative at HBM speed (six arrays of rows times F), dx, and one tgmm for gate with up and
+one for down.
 """
 import functools
 
@@ -44,7 +45,7 @@ def tiles_of(rows_E, blocks):
 
 
 def models(M, X, E, D, F, size, kind, blocks):
-  """What the schedule alone does not say of either kernel: how often its parts run, and its bytes."""
+  """What a schedule does not say of either kernel: how often its parts run, and its bytes."""
   rows_E = -(-group_sizes(kind, M, X, E) // kernel.ALIGN) * kernel.ALIGN
   tiles, R, splits = tiles_of(rows_E, blocks), int(rows_E.sum()), blocks.splits
   uses = [int(((tiles > low) & (tiles <= high)).sum())
@@ -58,8 +59,8 @@ def models(M, X, E, D, F, size, kind, blocks):
   first = dict(
       steps=splits * E, executed=[splits * n for n in uses for _ in (0, *loops)], trips=trips,
       flops=(6 if whole else 4) * product,
-      hbm_bytes=splits * (2 * rows * D + 2 * R * COLUMN) + 2 * rows * F + (6 if whole else 4) * grads
-      + (rows * D if whole else 2 * rows * F))
+      hbm_bytes=splits * (2 * rows * D + 2 * R * COLUMN) + 2 * rows * F
+      + (6 if whole else 4) * grads + (rows * D if whole else 2 * rows * F))
   second = dict(
       steps=blocks.inputs * E, executed=[blocks.inputs * n for n in uses], flops=2 * product,
       trips={1: 1 / E, 3: len(tiles) / E, **dict.fromkeys((2, 4, 5, 6, 7), pieces)},
