@@ -53,6 +53,8 @@ def route(logits_ME, real_M, chosen, renormalise, interpret=None):
 def _forward(logits_ME, real_M, chosen, renormalise, interpret):
   M, E = logits_ME.shape
   check(E, chosen)
+  if interpret is None:
+    interpret = target.platform() != 'tpu'
   blocks = pl.cdiv(M, TOKENS)
   cores = math.gcd(blocks, target.cores())  # each has sums of its own
   pad = blocks * TOKENS - M
@@ -67,7 +69,9 @@ def _forward(logits_ME, real_M, chosen, renormalise, interpret):
   of_tokens = pl.BlockSpec((chosen, SUBLANES, LANES), lambda c, i: (0, block(c, i), 0))
   narrow = (chosen, blocks * SUBLANES, LANES)
   ids, gate, count, probability, z = pl.pallas_call(
-      functools.partial(_body, renormalise=renormalise), name='router', grid=(cores, turns),
+      functools.partial(_body, renormalise=renormalise,
+                        unroll=1 if interpret else math.gcd(UNROLL, E)),
+      name='router', grid=(cores, turns),
       in_specs=[pl.BlockSpec((E, TOKENS), lambda c, i: (0, block(c, i))),
                 pl.BlockSpec((SUBLANES, LANES), lambda c, i: (block(c, i), 0))],
       out_specs=[of_tokens, of_tokens, of_core, of_core,
@@ -76,8 +80,7 @@ def _forward(logits_ME, real_M, chosen, renormalise, interpret):
                  *(jax.ShapeDtypeStruct((cores, n, LANES), jnp.float32) for n in (E, E, SUBLANES))],
       scratch_shapes=[strided, flat, flat, flat, flat],
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
-      interpret=target.platform() != 'tpu' if interpret is None else interpret,
-  )(logits_EM, real)
+      interpret=interpret)(logits_EM, real)
   ids, gate = (x.reshape(chosen, -1)[:, :M].T for x in (ids, gate))
   return Routing(ids, gate, count.sum((0, 2)), probability.sum((0, 2)), z.sum())
 
@@ -99,7 +102,7 @@ def stride(experts):
 
 
 def _body(logits_ref, real_ref, id_ref, gate_ref, count_ref, probability_ref, z_ref, strided_ref,
-          flat_ref, exp_ref, counts_ref, probabilities_ref, *, renormalise):
+          flat_ref, exp_ref, counts_ref, probabilities_ref, *, renormalise, unroll):
   """One block: (E, 1024) logits, tokens as 8 groups of 128 lanes."""
   experts, chosen = logits_ref.shape[0], id_ref.shape[0]
 
@@ -108,8 +111,8 @@ def _body(logits_ref, real_ref, id_ref, gate_ref, count_ref, probability_ref, z_
     for ref in (counts_ref, probabilities_ref, z_ref):
       ref[...] = jnp.zeros_like(ref)
   _regroup(logits_ref, strided_ref)
-  best = _best(strided_ref, flat_ref)[:chosen]
-  total, undecided = _identify(flat_ref, exp_ref, id_ref, best)
+  best = _best(strided_ref, flat_ref, exp_ref, unroll)[:chosen]
+  total, undecided = _identify(flat_ref, exp_ref, id_ref, best, unroll)
   real = real_ref[...]
   exps = [jnp.exp(value - best[0]) for value in best]
   scale = 1 / (sum(exps) if renormalise else total)
@@ -121,7 +124,8 @@ def _body(logits_ref, real_ref, id_ref, gate_ref, count_ref, probability_ref, z_
   def _():
     _insert(flat_ref, id_ref)
     _lower(flat_ref, best[-1], id_ref[chosen - 1])
-  _add_sums(flat_ref, exp_ref, real, real / total, best[-1], counts_ref, probabilities_ref)
+  _add_sums(flat_ref, exp_ref, real, real / total, best[-1], counts_ref, probabilities_ref,
+            unroll)
 
   @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
   def _():
@@ -155,10 +159,11 @@ def _order(values, network):
   return values
 
 
-def _best(strided_ref, flat_ref):
+def _best(strided_ref, flat_ref, sorted_ref, unroll):
   """The 8 largest logits of each token, largest first: eight by eight sorted, and merged.
 
-  Copies the logits to `flat_ref`, 8 rows for each expert.
+  Copies the logits to `flat_ref`, 8 rows for each expert. Sorted lists go through memory: older
+  compilers for CPU, where this is interpreted, fuse the networks and grow exponentially.
   """
   experts = flat_ref.shape[0] // SUBLANES
 
@@ -167,12 +172,15 @@ def _best(strided_ref, flat_ref):
     for expert in (piece * 8 + n for n in range(8)):
       new.append(strided_ref[pl.ds(expert, SUBLANES, stride=stride(experts)), :])
       flat_ref[_rows(expert)] = new[-1]
-    return tuple(_order(map(jnp.maximum, best, _order(new, SORT)[::-1]), MERGE))
+    for n, value in enumerate(_order(new, SORT)):
+      sorted_ref[_rows(n)] = value
+    new = [sorted_ref[_rows(n)] for n in range(8)]
+    return tuple(_order(map(jnp.maximum, best, new[::-1]), MERGE))
   lowest = (jnp.full((SUBLANES, LANES), -jnp.inf, jnp.float32),) * 8
-  return jax.lax.fori_loop(0, experts // 8, merge, lowest, unroll=UNROLL // 8)
+  return jax.lax.fori_loop(0, experts // 8, merge, lowest, unroll=unroll // 8 or 1)
 
 
-def _identify(flat_ref, exp_ref, id_ref, best):
+def _identify(flat_ref, exp_ref, id_ref, best, unroll):
   """Writes whose the `best` logits are, and exp(logit - best) of all experts.
 
   Returns the sum of these, and whether equal logits leave a token's ids undecided.
@@ -190,7 +198,7 @@ def _identify(flat_ref, exp_ref, id_ref, best):
   zero = jnp.zeros((SUBLANES, LANES), jnp.int32)
   total, met, ids = jax.lax.fori_loop(
       0, flat_ref.shape[0] // SUBLANES, compare,
-      (zero.astype(jnp.float32), zero, (zero,) * chosen), unroll=UNROLL)
+      (zero.astype(jnp.float32), zero, (zero,) * chosen), unroll=unroll)
   undecided = met != ids[-1]
   for k in range(chosen):
     id_ref[k] = ids[k] - 1
@@ -228,14 +236,14 @@ def _lower(flat_ref, last, index):
   jax.lax.fori_loop(0, flat_ref.shape[0] // SUBLANES, lower, 0)
 
 
-def _add_sums(flat_ref, exp_ref, real, scale, last, counts_ref, probabilities_ref):
+def _add_sums(flat_ref, exp_ref, real, scale, last, counts_ref, probabilities_ref, unroll):
   """Adds each expert's real assignments and probabilities, token by token of the block."""
   def add(expert, carry):
     rows = _rows(expert)
     counts_ref[rows] += jnp.where(flat_ref[rows] >= last, real, 0)
     probabilities_ref[rows] += exp_ref[rows] * scale
     return carry
-  jax.lax.fori_loop(0, flat_ref.shape[0] // SUBLANES, add, 0, unroll=UNROLL)
+  jax.lax.fori_loop(0, flat_ref.shape[0] // SUBLANES, add, 0, unroll=unroll)
 
 
 def _route_forward(logits_ME, real_M, chosen, renormalise, interpret):
