@@ -1,7 +1,9 @@
 """Grouped-query attention with per-head QK-Norm before RoPE."""
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qwen3_jax.kernels import norm_rope
 from qwen3_jax.kernels.attention import attention
 from qwen3_jax.mesh import constrain
 from qwen3_jax.model import rope
@@ -13,6 +15,22 @@ def rms_norm(x, scale, eps):
   y = x.astype(jnp.float32)
   y = y * jnp.reciprocal(jnp.sqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps))
   return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def normed(x_BTNH, scale_H, eps, rotation):
+  """QK-Norm, then RoPE; one kernel on a TPU."""
+  if norm_rope.fits(x_BTNH):
+    return norm_rope.norm_rope(x_BTNH, scale_H, *rotation, eps)
+  return rope.rotate(rms_norm(x_BTNH, scale_H, eps), *rotation)
+
+
+def bound_scores(q_scale_H, k_scale_H, spec):
+  """A bound of |q k| / sqrt(H): a normed head is no longer than sqrt(H) times its largest scale.
+
+  YaRN scales both; 1 % for rounding. Holds for rotations of the spec's own frequencies.
+  """
+  q, k = (jnp.abs(jax.lax.stop_gradient(scale)).max() for scale in (q_scale_H, k_scale_H))
+  return 1.01 * spec.head_width ** 0.5 * rope.spec_frequencies(spec)[1] ** 2 * q * k
 
 
 class Attention(nnx.Module):
@@ -43,14 +61,19 @@ class Attention(nnx.Module):
       q_BTNH = q_BTNH + self.q_bias_NH[...].astype(dtype)
       k_BTKH = k_BTKH + self.k_bias_KH[...].astype(dtype)
       v_BTKH = v_BTKH + self.v_bias_KH[...].astype(dtype)
+    bound = None
     if spec.qk_norm:
-      q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...], spec.norm_eps)
-      k_BTKH = rms_norm(k_BTKH, self.k_norm_H[...], spec.norm_eps)
-    q_BTNH = constrain(rope.rotate(q_BTNH, *context.rotation), 'BTNH')
-    k_BTKH = constrain(rope.rotate(k_BTKH, *context.rotation), 'BTKH')
+      q_scale, k_scale = self.q_norm_H[...], self.k_norm_H[...]
+      q_BTNH, k_BTKH = (normed(x, scale, spec.norm_eps, context.rotation)
+                        for x, scale in ((q_BTNH, q_scale), (k_BTKH, k_scale)))
+      bound = bound_scores(q_scale, k_scale, spec)
+    else:
+      q_BTNH, k_BTKH = (rope.rotate(x, *context.rotation) for x in (q_BTNH, k_BTKH))
+    q_BTNH, k_BTKH = constrain(q_BTNH, 'BTNH'), constrain(k_BTKH, 'BTKH')
     v_BTKH = constrain(v_BTKH, 'BTKH')
     if kv is None:
-      o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, context.segment_BT, context.segment_BT)
+      o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, context.segment_BT, context.segment_BT,
+                         bound=bound)
     else:
       kv = kv.extend(k_BTKH, v_BTKH, context.start)
       o_BTNH = kv.attend(q_BTNH, context)
