@@ -390,10 +390,12 @@ def _inputs_kernel(rows_E, after_E, start_E, dg_hbm, du_hbm, gate_ref, up_ref, d
 
   def visit(t, slot, n):
     def run(h):
-      for c in range(0, part, columns):
-        at = pl.ds(c, columns)
+      def turn(i, _):
+        at = pl.ds(pl.multiple_of(i * columns, columns), columns)
         dx = _dot(dg_buf[slot, :h], gate_ref[at], NT) + _dot(du_buf[slot, :h], up_ref[at], NT)
         dx_buf[slot, :h, at] = dx.astype(dx_buf.dtype)
+        return 0
+      jax.lax.fori_loop(0, part // columns, turn, 0, unroll=part == columns)
     _by_height(blocks.heights, n, run)
 
   _visit_tiles(rows_E, after_E, start_E, state, blocks, load, store, visit)
