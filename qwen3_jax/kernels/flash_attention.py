@@ -30,7 +30,7 @@ LOWEST = -1e29  # least running maximum: exp2(MASKED - LOWEST) is 0 also where a
 HIGHEST = 3e38  # above every score
 NEVER = -(1 << 31) + 1  # no distance of slots
 LOG2E = math.log2(math.e)
-SPARE = 6 * MIB  # VMEM for what the compiler spills
+SPARE = 8 * MIB  # VMEM for what the compiler spills
 
 
 class Blocks(NamedTuple):
@@ -294,9 +294,9 @@ def _require_vmem(plan, dtype, out_dtype):
   parts = {'keys and values': 4 * size((S, H), dtype), 'queries': 2 * size((C, H), dtype),
            'output': 2 * size((C, H), out_dtype), 'segments': 2 * 4 * (S + 8 * plan.queries)}
   parts |= {name: size(*x) for name, x in _kept(plan, dtype)._asdict().items() if x}
-  flash_blocks.require_vmem('flash_forward', parts | {'spilled': SPARE}, target.vmem(),
-                            'lower resident (keys that stay) or queries of its blocks')
-  return target.vmem()
+  return flash_blocks.require_vmem(
+    'flash_forward', parts | {'spilled': SPARE}, target.vmem(),
+    'lower resident (keys that stay) or queries of its blocks')
 
 
 def _call(plan, scalars, q_segment, k_segment, q_BTNH, k_BSKH, v_BSKH, out_dtype, interpret):
