@@ -71,14 +71,12 @@ def choose(M, D, F, E, dtype, save=False):
   blocks = Blocks(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
   for name in ('gate_heights', 'down_heights'):  # a group has at most M rows
     blocks = blocks._replace(**{name: tuple(h for h in getattr(blocks, name) if h < M + ALIGN)})
-  for name in ('gate_splits', 'down_splits'):
-    kernel = f'experts_{"gate_up" if name == "gate_splits" else "down"}'
-    splits = max(getattr(blocks, name), target.cores())
-    while needs(M, D, F, dtype, blocks._replace(**{name: splits}), save)[kernel] > room():
-      splits *= 2
-      if splits > 16:
+  for name, kernel, unit in (('gate_splits', 'experts_gate_up', F // rows.LANES),
+                             ('down_splits', 'experts_down', D // 1024)):
+    for splits in range(max(getattr(blocks, name), target.cores()), unit + 1, target.cores()):
+      blocks = blocks._replace(**{name: splits})
+      if unit % splits == 0 and needs(M, D, F, dtype, blocks, save)[kernel] <= room():
         break
-    blocks = blocks._replace(**{name: splits})
   check(M, D, F, dtype, blocks, save)
   return blocks
 
