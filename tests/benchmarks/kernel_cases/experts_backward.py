@@ -52,8 +52,7 @@ def models(M, X, E, D, F, size, kind, blocks):
           for low, high in zip((-1, *blocks.heights), blocks.heights)]
   pieces = float((np.where(tiles >= blocks.rows, tiles - blocks.rows, tiles) / kernel.ALIGN).mean())
   whole, product = splits == 1, 2 * M * X * D * F
-  # After each height's own region the loop in it, if any.
-  loops, turns = ([1] * (width > blocks.columns) for width in (D, D // blocks.inputs))
+  loops = [1] * (D > blocks.columns)  # after each height's own region the loop in it
   trips = {1: blocks.heights[-1] / kernel.ALIGN / E, 2: 1 / E, 3: pieces, 4: len(tiles) / E,
            **dict.fromkeys((5, 6, 7, 8 + len(loops) * len(uses)), pieces)}
   grads, rows = E * D * F * size, R * size
@@ -63,11 +62,14 @@ def models(M, X, E, D, F, size, kind, blocks):
       hbm_bytes=splits * (2 * rows * D + 2 * R * COLUMN) + 2 * rows * F
       + (6 if whole else 4) * grads + (rows * D if whole else 2 * rows * F))
   second = dict(
-      steps=blocks.inputs * E, flops=2 * product,
-      executed=[blocks.inputs * n for n in uses for _ in (0, *turns)],
-      trips={1: 1 / E, 3: len(tiles) / E,
-             **dict.fromkeys((2, 4, 5, 6, 7 + len(turns) * len(uses)), pieces)},
+      steps=blocks.inputs * E, executed=[blocks.inputs * n for n in uses], flops=2 * product,
+      trips={1: 1 / E, 3: len(tiles) / E, **dict.fromkeys((2, 4, 5, 6, 7), pieces)},
       hbm_bytes=blocks.inputs * 2 * rows * F + 2 * grads + rows * D)
+  turns = D // blocks.inputs // blocks.columns
+  if turns > 1:  # every product is in a loop, which the tool enters for each tile and height
+    del second['executed']
+    second['trips'].update({7 + i: turns * n / len(tiles) for i, n in enumerate(uses)})
+    second['trips'][7 + len(uses)] = pieces
   return {'experts_backward_inputs': second, 'experts_backward': first}
 
 
