@@ -90,10 +90,9 @@ def fetch(held, staged, place, first, rows, width, dtype, span=None):
   n = sublanes(width, dtype)
   halves = 2 if jnp.dtype(dtype).itemsize == 2 else 1
   stride = pitch(rows // halves)
-  place = place.at[pl.ds(first, rows)]
   for r in range(*span or (0, rows)):
     to = r // halves + r % halves * n * stride
-    staged[pl.ds(to, n, stride=stride)] = held[pl.ds(place[r], n)]
+    staged[pl.ds(to, n, stride=stride)] = held[pl.ds(place[first + r], n)]
 
 
 def unstage(staged, tile, height):
@@ -117,11 +116,10 @@ def add(total, staged, rows, place, first, span):
   nobody reads what is there.
   """
   n = staged.shape[0] // pitch(rows)
-  place = place.at[pl.ds(first, rows)]
   for group in range(*span, 8):
     sums = []
     for r in range(group, group + 8):
-      at = pl.ds(place[r], n)
+      at = pl.ds(place[first + r], n)
       sums.append((at, total[at] + staged[pl.ds(r, n, stride=pitch(rows))]))
     for at, value in sums:
       total[at] = value
