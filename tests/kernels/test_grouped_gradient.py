@@ -12,7 +12,7 @@ from qwen3_jax.kernels import grouped_gradient as kernel
 
 M, X, E, D, F = 160, 2, 5, 128, 256
 # One pass and two; tiles of 128 rows, the last of an expert with as many as 192.
-ONE, TWO = (kernel.Blocks(128, (64, 192), 64, 128, parts, parts) for parts in (1, 2))
+ONE, TWO = (kernel.Blocks(128, (64, 192), 64 // parts, 128, parts, parts) for parts in (1, 2))
 ROUTES = {
     'even': lambda m: (m % E, (m + 1) % E),
     'all to one pair': lambda m: (m * 0 + 3, m * 0 + 1),
