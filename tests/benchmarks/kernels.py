@@ -89,6 +89,8 @@ def cases(families, public):
 
 
 def load(path):
+  if str(path.parent) not in sys.path:
+    sys.path.insert(0, str(path.parent))  # cases share what they count
   spec = importlib.util.spec_from_file_location(f'kernel_case_{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)

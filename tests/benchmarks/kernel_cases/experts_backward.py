@@ -14,23 +14,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from experts import FLAGS, group_sizes  # the file beside this one
 
 from qwen3_jax.kernels import grouped_gradient as kernel
 
-FLAGS = {'v6e:2x2': '--xla_tpu_scoped_vmem_limit_kib=98304',
-         'v5p:2x2x1': '--xla_tpu_scoped_vmem_limit_kib=61440'}
 COLUMN = 512  # bytes that one float32 of a (rows, 1) array takes
-
-
-@functools.cache
-def group_sizes(kind, tokens, chosen, experts):
-  """Rows of each expert."""
-  if kind == 'even':
-    return np.full(experts, tokens * chosen // experts)
-  weight = np.ones(experts) if kind == 'balanced' else 1 / np.arange(1, experts + 1)
-  gumbel = np.random.default_rng(0).gumbel(size=(tokens, experts))
-  chosen = np.argsort(-(np.log(weight) + gumbel), axis=1)[:, :chosen]
-  return np.bincount(chosen.reshape(-1), minlength=experts)
 
 
 def tiles_of(rows_E, blocks):

@@ -86,7 +86,7 @@ def kept(V=151936, D=1024, tokens=None, blocks=None):
   turns = -(-tokens // min(sizes['tokens'], tokens // cores))
   steps = turns * -(-(V + sizes['part']) // sizes['rows'])
   tile = sizes['gradient']
-  keep = head_kept.KEPT // (2 * tokens)
+  keep = head_kept.rows_kept(tokens, D)
   keep = V if keep >= V else keep // tile * tile
   waiting, again = -(-keep // tile), -(-(V - keep) // tile)
   first = dict(steps=steps, executed=steps, init=turns, flops=2 * tokens * V * D,
