@@ -22,13 +22,22 @@ from qwen3_jax.kernels.head_gradient import clear_beyond, cross_entropy_slope, m
 from qwen3_jax.kernels.head_tpu import BITS, LANES, LOWEST, NOWHERE, SUBLANES, place
 
 TOKENS = {'v5e': 768, 'v5p': 768, 'v6e': 1536, 'tpu7x': 1024}  # of a group
-KEPT = 224 << 20  # bytes of HBM for a group's probabilities
+HELD = 252 << 20  # bytes of HBM that a group takes beside its results
 BLOCKS = dict(tokens=768, rows=512, part=256, gradient=256)  # where the table knows nothing
 
 
 def serves(hidden_MD, head_VD):
   """Whether this is the faster form on the chip that the program is traced for."""
   return hidden_MD.dtype == jnp.bfloat16 and len(hidden_MD) >= TOKENS.get(chip.kind(), math.inf)
+
+
+def rows_kept(tokens, D):
+  """Rows whose probabilities wait: two bytes a token, and its maximum for every part.
+
+  Beside them are the group's hidden states, and their gradient from every core.
+  """
+  of_hidden = (2 + 4 * chip.cores()) * tokens * D
+  return int((HELD - of_hidden) // (tokens * (2 + 4 * SUBLANES / BLOCKS['part'])))
 
 
 def cross_entropy(hidden_MD, head_VD, target_M, weight_M, limit=None, *, temperature=1.0,
@@ -41,7 +50,7 @@ def cross_entropy(hidden_MD, head_VD, target_M, weight_M, limit=None, *, tempera
   (M, D), V = hidden_MD.shape, len(head_VD)
   tokens = min(tokens or TOKENS[chip.kind()], head_tpu.round_up(M, LANES * chip.cores()))
   step = functools.partial(_group, head_VD=head_VD, limit=limit, temperature=temperature,
-                           vocab_axes=vocab_axes, keep=keep or KEPT // (2 * tokens), blocks=blocks,
+                           vocab_axes=vocab_axes, keep=keep or rows_kept(tokens, D), blocks=blocks,
                            interpret=interpret)
 
   def add(start, count, carry):
@@ -64,7 +73,9 @@ def _group(d_head, hidden_MD, target_M, weight_M, *, head_VD, limit, temperature
   per_core = head_tpu.round_up(pl.cdiv(M, chip.cores()), LANES)
   tile = head_tpu.round_up(min(sizes['gradient'], V), sizes['part'])
   sizes |= dict(tokens=min(sizes['tokens'], per_core), gradient=tile)
-  keep = V if keep >= V else keep // tile * tile
+  if keep < V:  # a tile of the forward pass is one for all the rest
+    keep = max(keep - sizes['rows'], tile) // tile * tile
+  keep = min(keep, V)
   here_M = (target_M >= 0) & (target_M < V)
   target_M = jnp.where(here_M, target_M, NOWHERE)
   scale = BITS / temperature

@@ -86,8 +86,8 @@ def kept(V=151936, D=1024, tokens=None, blocks=None):
   turns = -(-tokens // min(sizes['tokens'], tokens // cores))
   steps = turns * -(-(V + sizes['part']) // sizes['rows'])
   tile = sizes['gradient']
-  keep = head_kept.rows_kept(tokens, D)
-  keep = V if keep >= V else keep // tile * tile
+  keep = waiting_rows = head_kept.rows_kept(tokens, D)
+  keep = V if keep >= V else (keep - sizes['rows']) // tile * tile
   waiting, again = -(-keep // tile), -(-(V - keep) // tile)
   first = dict(steps=steps, executed=steps, init=turns, flops=2 * tokens * V * D,
                hbm_bytes=2 * D * (tokens + turns * V) + 2 * keep * tokens)
@@ -97,7 +97,7 @@ def kept(V=151936, D=1024, tokens=None, blocks=None):
                 hbm_bytes=2 * keep * tokens + V * D * (2 + 8))
   def run(d_head, hidden, target, weight, head):
     return head_kept._group(d_head, hidden, target, weight, head_VD=head, limit=None,
-                            temperature=1.0, vocab_axes=(), keep=keep, blocks=blocks,
+                            temperature=1.0, vocab_axes=(), keep=waiting_rows, blocks=blocks,
                             interpret=None)
   d_head = jax.ShapeDtypeStruct((V, D), jnp.float32)
   return dict(fn=run, args=[d_head, hidden, target, row, head],
