@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.kernels import blocks as table
 from qwen3_jax.kernels import flash_blocks, target
+from qwen3_jax.kernels.cost import cost
 from qwen3_jax.kernels.flash_blocks import MASKED, MIB
 
 LIMIT = 55.0  # |score| up to which exp needs no maximum: sums of 2^79 x 2^17 keys x values to 2^30
@@ -318,9 +319,8 @@ def _call(plan, scalars, q_segment, k_segment, q_BTNH, k_BSKH, v_BSKH, out_dtype
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary'),
       vmem_limit_bytes=_require_vmem(plan, q.dtype, out_dtype)),
-    cost_estimate=pl.CostEstimate(
-      flops=2 * B * N * T * S * H, transcendentals=B * N * T * S // 2,  # as if half were seen
-      bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, q))),
+    cost_estimate=cost(  # as if half of the pairs were seen
+      2 * B * N * T * S * H, (q, k, v, q), B * N * T * S // 2),
     interpret=interpret, name='flash_forward' + ('_running' if plan.running else ''),
   )(*scalars, q_segment, k_segment, q, k, v)
   return _unfold(o, N, H), lse.reshape(B, N, T)

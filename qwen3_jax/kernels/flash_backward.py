@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.kernels import blocks as table
 from qwen3_jax.kernels import flash_blocks, target
+from qwen3_jax.kernels.cost import cost
 
 LOG2E = math.log2(math.e)
 LANES = 128
@@ -356,6 +357,8 @@ def _call(plan, scalars, arrays, dtype, interpret):
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
       vmem_limit_bytes=_require_vmem(plan, S, q.dtype, dtype)),
+    cost_estimate=cost(  # as if half of the pairs were seen
+      5 * B * T * q.shape[2] * S, (q, q, q, k, v, *dq, q, k, v), B * groups * heads * T * S // 2),
     interpret=interpret, name='flash_backward',
   )(*scalars, *arrays)
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.kernels import blocks as table
 from qwen3_jax.kernels import target
+from qwen3_jax.kernels.cost import cost
 
 ALIGN = 64  # rows; every expert's group begins and ends at a multiple
 SPARE = 10 << 20  # bytes of VMEM left to the compiler, which keeps products there
@@ -364,6 +365,8 @@ def _weights_gradient(scalars, x_PD, dy_PD, g_PF, u_PF, weight_P, gate_EDF, up_E
       out_shape=[S((blocks.splits, P, 1), jnp.float32), *(S((P, n), dtype) for n in out_rows),
                  *(S(w.shape, w.dtype) for w in (gate_EDF, up_EDF, down_EFD))],
       compiler_params=_params(), name='experts_backward', interpret=interpret,
+      cost_estimate=cost((12 if whole else 8) * P * D * F, (
+        x_PD, dy_PD, g_PF, u_PF, *weights, gate_EDF, up_EDF, down_EFD), P * F),
   )(*scalars, x_PD, dy_PD, g_PF, u_PF, weight_P[:, None], *weights)
   outs = [outs[0], None, None, *outs[1:]] if whole else [None, *outs]
   return *outs[:3], dweight.sum(0)[:, 0], *outs[3:]
@@ -417,6 +420,7 @@ def _inputs_gradient(scalars, dg_PF, du_PF, gate_EDF, up_EDF, blocks, interpret)
           out_specs=hbm, scratch_shapes=scratch),
       out_shape=jax.ShapeDtypeStruct((P, D), dtype), compiler_params=_params(),
       name='experts_backward_inputs', interpret=interpret,
+      cost_estimate=cost(4 * P * D * F, (dg_PF, du_PF, gate_EDF, up_EDF)),
   )(*scalars, dg_PF, du_PF, gate_EDF, up_EDF)
 
 

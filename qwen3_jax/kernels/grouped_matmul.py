@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.kernels import blocks as table
 from qwen3_jax.kernels import rows, target
+from qwen3_jax.kernels.cost import cost
 
 TAIL = 128  # rows of a product whose sums wait for the next tile
 DEPTH = 256  # of D in one product
@@ -252,6 +253,7 @@ def _gate_up(x_MD, token_P, weight_P, groups, gate_EDF, up_EDF, blocks, save, in
           out_specs=[hbm] * n, scratch_shapes=scratch),
       out_shape=[jax.ShapeDtypeStruct((P + more, F), dtype)] * n,
       compiler_params=_params(), name='experts_gate_up', interpret=interpret,
+      cost_estimate=cost(4 * P * D * F, (x_MD, gate_EDF, up_EDF), P * F),
   )(place_P, groups.start_E, groups.rows_E, x_MD,
     weight_P.reshape(-1, ALIGN).astype(jnp.float32), gate_EDF, up_EDF)
 
@@ -391,4 +393,5 @@ def _down(h_PF, M, token_P, groups, down_EFD, blocks, interpret):
           out_specs=hbm, scratch_shapes=scratch),
       out_shape=jax.ShapeDtypeStruct((M, D), dtype),
       compiler_params=_params(), name='experts_down', interpret=interpret,
+      cost_estimate=cost(2 * h_PF.size * D, (h_PF, down_EFD)),
   )(place_P, *groups, h_PF, down_EFD)

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.kernels import head_tpu
 from qwen3_jax.kernels import target as chip
+from qwen3_jax.kernels.cost import cost
 from qwen3_jax.kernels.head_tpu import BITS, NOWHERE, SUBLANES, pad, place, product
 
 BLOCKS = dict(tokens=256, rows=512, part=256)  # where the table knows nothing
@@ -90,6 +91,8 @@ def sweep(name, slope, sides, rows, limit, sizes, interpret):
                jax.ShapeDtypeStruct((V, D), jnp.float32)],
     compiler_params=head_tpu.parameters(('parallel', 'arbitrary', 'arbitrary'), name,
                                         need(padded, sizes)),
+    cost_estimate=cost(2 * M * V * (2 * D + sum(x.shape[1] for x, _ in sides)),
+                       [x for side in padded for x in side], M * V * len(sides)),
     interpret=head_tpu.interpreted(interpret), name=name)(
       head_tpu.first_rows(limit, V), *(x for side in padded for x in side), *rows)
   return d_hidden.sum(0)[:M], d_head

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.kernels import head_tpu
 from qwen3_jax.kernels import target as chip
+from qwen3_jax.kernels.cost import cost
 from qwen3_jax.kernels.head_gradient import clear_beyond, cross_entropy_slope, multiply, recompute
 from qwen3_jax.kernels.head_tpu import BITS, LANES, LOWEST, NOWHERE, SUBLANES, place
 
@@ -122,6 +123,7 @@ def _gradient(hidden_MD, head_VD, kept, rows, d_head, limit, scale, keep, sizes,
     input_output_aliases={3 + len(rows): 1},
     compiler_params=head_tpu.parameters(('parallel', 'arbitrary'), 'head_kept_gradient',
                                         need(hidden_MD, sizes)),
+    cost_estimate=cost(4 * M * V * D, (hidden_MD, head_VD, d_head, d_head, *kept), M * V),
     interpret=head_tpu.interpreted(interpret), name='head_kept_gradient',
   )(head_tpu.first_rows(limit, V), hidden_MD, head_VD, *rows, d_head, *kept * parts)
   return d_hidden.sum(0)[:M], d_head

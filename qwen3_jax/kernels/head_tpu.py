@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.kernels import blocks as table
 from qwen3_jax.kernels import target as chip
+from qwen3_jax.kernels.cost import cost
 
 NEVER = -1e30 * math.log2(math.e)  # finite: the masked logit of `head`, in units of log 2
 LOWEST = NEVER / 16  # where a running maximum starts: what is masked adds exp2(NEVER - it) = 0
@@ -164,6 +165,8 @@ def accumulate(name, absorb, starts, sides, rows, limit, sizes, interpret, keep=
       scratch_shapes=[pltpu.VMEM((part, tokens), jnp.float32)] * len(sides)),
     out_shape=[jax.ShapeDtypeStruct((height, total), dtype) for height, dtype in results],
     compiler_params=parameters(('parallel', 'arbitrary'), name, need(sides, sizes, keep)),
+    cost_estimate=cost(2 * total * V * sum(x.shape[1] for x, _ in sides),
+                       [x for side in sides for x in side], total * V * len(sides)),
     interpret=interpreted(interpret), name=name,
   )(first_rows(limit, V), *(x for side in sides for x in side), *rows)
   return [x[:, :M] for x in found]
