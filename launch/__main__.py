@@ -12,6 +12,7 @@ again, and a command typed twice does not pay twice.
 import argparse
 import json
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -240,4 +241,6 @@ def render(args):
 
 
 if __name__ == '__main__':
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell had it ignored
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs what cleans up
   sys.exit(main(sys.argv[1:]))

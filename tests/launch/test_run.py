@@ -75,14 +75,15 @@ def test_a_bad_config_is_not_started_again(fake, program):
   assert len(fake.calls('create')) == 1 and not fake.resources()
 
 
-def test_ctrl_c_leaves_nothing(fake):
+@pytest.mark.parametrize('told, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_being_stopped_leaves_nothing(told, code, fake):
   fake.script(['WAITING_FOR_RESOURCES'])
   process = launch('run', '--run=r', '--tpu=v6e:8', '--zone=z', '--poll=0.2', '--', 'train')
   while not fake.resources() and process.poll() is None:
     time.sleep(0.1)
-  process.send_signal(signal.SIGINT)
+  process.send_signal(told)
   out, _ = process.communicate(timeout=60)
-  assert process.returncode == 130, out
+  assert process.returncode == code, out
   assert not fake.resources()
 
 
