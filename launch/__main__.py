@@ -116,7 +116,9 @@ def main(argv):
     if args.run and not NAME.fullmatch(args.run):
       raise ValueError(f'--run={args.run!r}: want a small letter, then small letters, digits and '
                        '-, at most 40')
-    return globals()[args.command](args) or 0
+    actions = dict(up=up, run=run, status=status, logs=logs, down=down, preflight=preflight,
+                   render=render)
+    return actions[args.command](args) or 0
   except KeyboardInterrupt:
     say('interrupted')
     return 130
