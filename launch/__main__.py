@@ -141,6 +141,9 @@ def request(args):
     raise ValueError(f'--slices={args.slices}: want at least 1')
   if known.runtime is None:
     raise ValueError(f'{piece.generation} has no queued resources here: use `render` and GKE')
+  if not piece.named:
+    raise ValueError(f'gcloud has no queued resource of {piece.generation} {piece.grid}: take a '
+                     'shape that has an accelerator type, or `render` and GKE')
   return Request(args.run, piece, args.slices, getattr(args, 'capacity', 'on-demand'),
                  getattr(args, 'runtime', None) or known.runtime,
                  getattr(args, 'valid_minutes', 720))

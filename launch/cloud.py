@@ -75,10 +75,9 @@ class Cloud(NamedTuple):
     """Asks for the `Request`'s slices as one queued resource."""
     nodes = ([f'--node-id={want.name}'] if want.slices == 1 else
              [f'--node-count={want.slices}', f'--node-prefix={want.name}'])
-    kind = ([f'--accelerator-type={want.slice.accelerator}'] if want.slice.named else
-            [f'--type={want.slice.generation}', f'--topology={want.slice.grid}'])
     capacity = {'on-demand': [], 'spot': ['--spot'], 'reserved': ['--reserved']}[want.capacity]
-    self.call('compute', 'tpus', 'queued-resources', 'create', want.name, *nodes, *kind,
+    self.call('compute', 'tpus', 'queued-resources', 'create', want.name, *nodes,
+              f'--accelerator-type={want.slice.accelerator}',
               f'--runtime-version={want.runtime}', *capacity,
               f'--labels={LABEL}={want.run}',
               f'--valid-until-duration={want.valid_minutes}m', '--async')

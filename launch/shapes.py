@@ -66,7 +66,7 @@ class Slice(NamedTuple):
 
   @property
   def named(self):
-    """Whether the accelerator type alone means this topology (else both are written)."""
+    """Whether an accelerator type means this topology; gcloud takes no other for v5e and later."""
     known = GENERATIONS[self.generation]
     return self.topology in known.hosts or self.topology in known.shapes
 

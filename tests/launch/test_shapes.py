@@ -20,7 +20,7 @@ def test_shapes(text, accelerator, grid, hosts, machine):
   assert piece.named and piece.hosts * (piece.chips // piece.hosts) == piece.chips
 
 
-def test_a_torus_of_another_shape_is_asked_for_by_its_topology():
+def test_a_torus_of_another_shape_has_no_accelerator_type_of_its_own():
   piece = shapes.parse('v5p:4x4x12')
   assert not piece.named and piece.chips == 192 and piece.hosts == 48
 

@@ -154,7 +154,7 @@ def shown(capsys, *arguments):
    '--runtime-version=v2-alpha-tpuv5 --spot'),
   (['--tpu=v6e:4x8', '--reserved', '--slices=4'], '--node-count=4 --node-prefix=qwen3-r '
    '--accelerator-type=v6e-32 --runtime-version=v2-alpha-tpuv6e --reserved'),
-  (['--tpu=v5p:4x4x12', '--runtime=mine'], '--node-id=qwen3-r --type=v5p --topology=4x4x12 '
+  (['--tpu=v5p:4x4x8', '--runtime=mine'], '--node-id=qwen3-r --accelerator-type=v5p-256 '
    '--runtime-version=mine')])
 def test_dry_run_prints_the_commands_and_starts_none(flags, wanted, fake, capsys):
   code, out = shown(capsys, 'run', '--run=r', '--zone=z', '--project=p', '--dry-run', *flags, '--',
@@ -173,6 +173,7 @@ def test_dry_run_prints_the_commands_and_starts_none(flags, wanted, fake, capsys
   (['run', '--run=r', '--tpu=v5p:17', '--zone=z', '--', 'x'], 'no slice of 17'),
   (['run', '--run=r', '--tpu=v5p:16', '--zone=z'], 'nothing to run'),
   (['run', '--run=r', '--tpu=tpu7x:4', '--zone=z', '--', 'x'], 'render'),
+  (['run', '--run=r', '--tpu=v5p:4x4x12', '--zone=z', '--', 'x'], 'render'),
   (['run', '--run=r', '--tpu=v5p:16', '--zone=z', '--env=A', '--', 'x'], 'want NAME=VALUE'),
   (['run', '--run=r', '--tpu=v5p:16', '--slices=0', '--zone=z', '--', 'x'], 'at least 1'),
   (['down', '--zone=z'], 'say which')])
