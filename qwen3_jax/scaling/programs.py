@@ -3,6 +3,7 @@
 Arrays stand as `jax.ShapeDtypeStruct`s with their shardings; nothing is allocated.
 """
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -66,7 +67,7 @@ def abstract(tree, mesh, dtype=None):
 
 def bytes_on_device(tree):
   """Bytes of sharded shapes on one device."""
-  return sum(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64) * x.dtype.itemsize
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
              for x in jax.tree.leaves(tree))
 
 
