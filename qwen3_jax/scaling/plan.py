@@ -86,7 +86,7 @@ def estimate(program, mesh, topology, slices=1):
   begun = time.monotonic()
   with jax.set_mesh(mesh):
     traced = program.fn.trace(*program.args)
-    executed = work.of_jaxpr(traced.jaxpr.jaxpr) / devices
+    executed = program.turns * work.of_jaxpr(traced.jaxpr.jaxpr) / devices
     try:
       compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -97,7 +97,8 @@ def estimate(program, mesh, topology, slices=1):
   wire = collections.defaultdict(lambda: (0, 0.0))
   for each in traffic.read(compiled.as_text(), mesh):
     runs, size = wire[each.kind, each.axes]
-    wire[each.kind, each.axes] = runs + each.runs, size + each.runs * each.bytes
+    times = each.runs * program.turns
+    wire[each.kind, each.axes] = runs + times, size + times * each.bytes
   parts = dict(program.parts)
   parts['other arguments'] = memory.argument_size_in_bytes - sum(parts.values())
   parts['temporaries'] = memory.temp_size_in_bytes

@@ -28,13 +28,14 @@ PAGE, TURN = 128, 32  # of the engine on TPU: slots of a page, tokens of one cal
 
 class Program(NamedTuple):
   """`fn(*args)` jitted; tokens and useful FLOPs of one run over all chips; bytes of its arguments
-  on one device, by what they are."""
+  on one device, by what they are; turns of its outer loop, where only its arguments say them."""
   name: str
   fn: object
   args: tuple
   tokens: int
   useful: float
   parts: dict
+  turns: int = 1
 
 
 def of_stage(config, mesh, teacher=None, held=8192):
@@ -147,6 +148,7 @@ def teacher_forward(config, other, mesh):
 def rollout(config, spec, mesh, held):
   """TURN tokens of every row of a rollout, the pages holding `held` tokens a row."""
   r, dtype = config.rollout, jnp.dtype(config.dtype)
+  held = min(held, r.max_tokens)
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   B = -(-config.engine.rows // ways) * ways
   columns = -(-r.max_tokens // PAGE)
@@ -156,10 +158,11 @@ def rollout(config, spec, mesh, held):
   with jax.set_mesh(mesh):
     model = abstract(jax.eval_shape(functools.partial(transformer.make, spec)), mesh, dtype)
     pool = abstract(jax.eval_shape(functools.partial(
-      Pool.make, spec, B * (held // PAGE) + ways, PAGE, dtype)), mesh)
+      Pool.make, spec, B * -(-held // PAGE) + ways, PAGE, dtype)), mesh)
   args = (decode.Decoder(model), pool, state, np.zeros((B, columns), np.int32),
           np.zeros((B, (TURN + PAGE - 2) // PAGE + 1), np.int32), np.int32(TURN), np.int32(1), TURN,
           bool(spec.experts))
   return Program(f'decode, {B} rows', decode.decode, args, B * TURN,
                  B * TURN * spec.flops_per_token(held) / 3,
-                 {'weights': bytes_on_device(model), 'keys and values': bytes_on_device(pool)})
+                 {'weights': bytes_on_device(model), 'keys and values': bytes_on_device(pool)},
+                 TURN)

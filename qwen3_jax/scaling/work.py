@@ -1,7 +1,7 @@
 """Matrix FLOPs that a program executes, counted from its jaxpr: loops by their length.
 
 What is recomputed in the backward pass (`jax.checkpoint`) is in the jaxpr, and so is counted; XLA
-does no product that is not there.
+does no product that is not there. A loop whose length no array's shape tells (`while`) counts once.
 """
 import math
 
