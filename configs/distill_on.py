@@ -36,6 +36,6 @@ def get_config(arg):
     config.data.heldout = (f'{REASONING},thinking=mixed',)
     config.modes.flags = 0.25
     config.data.batch = 8
-    config.steps, config.save_every, config.evaluate_every = 80, 20, 40
-    config.optim.update(dict(schedule='linear', peak_lr=5e-3, warmup=5, b2=0.98))
+    config.steps, config.save_every, config.evaluate_every = 200, 40, 40
+    config.optim.update(dict(schedule='linear', peak_lr=3e-3, warmup=5, b2=0.98))
   return config

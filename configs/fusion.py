@@ -8,7 +8,7 @@ from qwen3_jax.stages.defaults import REASONING, supervised
 
 
 def get_config(arg):
-  config = supervised('fusion', arg, tiny_steps=1200)
+  config = supervised('fusion', arg, tiny_steps=1000)
   config.measure.budgets = 0, 256, 1024, 4096
   if config.model.layers == 4:
     config.measure.budgets = 0, 8, 16, 32, 64

@@ -169,6 +169,7 @@ def test_each_key_of_fine_tuning_is_read(smallest, tmp_path, quick_compilation):
   assert keys - Recorded.read - unused <= {'lora.alpha', 'lora.targets'}
 
 
+@pytest.mark.slow
 def test_each_key_of_reinforcement_is_read(smallest, tmp_path, quick_compilation):
   first = configs.load_config('configs/s1.py:tiny', smallest(
     steps=3, data__heldout=(), evaluate_every=None))

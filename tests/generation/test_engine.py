@@ -167,6 +167,7 @@ def test_routes_are_those_of_one_forward_pass(moe_model, tokenizer):
     np.testing.assert_array_equal(np.sort(out.routes), np.sort(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('experts', [0, 4])
 def test_sharded_equals_one_device(tokenizer, experts):
   spec = Spec(2, 32, 4, 2, 64, vocab=512, head_width=16, experts=experts, chosen=experts // 2,

@@ -127,6 +127,7 @@ def test_sharded_values_and_gradients(sizes, N, K, monkeypatch):
     np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', [dict(fsdp=1, context=4),
                                    pytest.param(dict(fsdp=2, tensor=2), marks=SLOW)], ids=str)
 def test_sharded_prefill_over_a_cache(sizes, monkeypatch):

@@ -58,6 +58,7 @@ def test_packed_rows_of_ragged_lengths(bound):
   np.testing.assert_allclose(o[0, 150], np.repeat(v[0, 150], 2, axis=0), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('N, K, H, blocks', [
   (3, 1, 128, {}), (4, 2, 128, dict(heads=1)), (2, 1, 64, {}), (1, 1, 128, dict(queries=256))],
   ids=['three', 'groups', 'narrow', 'tall'])
@@ -84,6 +85,7 @@ def test_keys_beyond_vmem_are_visited_in_turns():
   check(q, k, v, segment, segment, q_start=[0, 256], k_start=[0, 256], resident=128)
 
 
+@pytest.mark.slow
 def test_merging_shards_of_keys_is_the_whole():
   segment = pack([300, 84])
   q, k, v = draw(384, 384, B=1)
@@ -96,6 +98,7 @@ def test_merging_shards_of_keys_is_the_whole():
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_as_a_bfloat16_reference():
   """Within the error of softmax and products in bfloat16, measured from the float32 meaning."""
   segment = pack([200, 56])

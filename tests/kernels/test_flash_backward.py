@@ -71,12 +71,14 @@ def test_segments(kind):
     assert (x[segment == 0] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('N, K, sizes', [(3, 3, dict(heads=1, units=4)), (5, 1, dict(heads=5))])
 def test_head_ratios(N, K, sizes):
   segment = segments('packed', 1, 40)
   check(make_inputs(1, 40, 40, N, K), segment, segment, **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('q_start, k_start, window', [
     ((0, 60), (20, 40), None),  # a zigzag shard: one stretch of queries sees none of the keys
     ((7, 33), (0,), None), ((25,), (0,), 9)])
@@ -87,6 +89,7 @@ def test_stretches_and_window(q_start, k_start, window):
         window, units=1)
 
 
+@pytest.mark.slow
 def test_keys_in_turns_that_do_not_fit_at_once():
   """With the output and log-sum-exp of all keys, the gradients of parts of them add up."""
   segment = segments('packed', 2, 70)
@@ -109,6 +112,7 @@ def test_huge_norms_stay_finite():
   check((20 * q, 20 * k, v, do), segment, segment, tolerance=2e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_as_a_bfloat16_meaning():
   """Head dimension 128; errors against float32 of the same numbers."""
   inputs = make_inputs(1, 200, 200, 2, 1, H=128, dtype=jnp.bfloat16)

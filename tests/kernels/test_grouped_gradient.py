@@ -68,6 +68,7 @@ def test_float32(kind, blocks):
     assert all((np.asarray(w[unused]) == 0).all() for w in got[2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('blocks', [ONE, TWO], ids=['one pass', 'two'])
 def test_bfloat16_within_the_error_of_plain_bfloat16(blocks):
   args = make('one odd token', jnp.bfloat16)

@@ -74,6 +74,7 @@ def compare(blocks):
       np.testing.assert_allclose(factor_MXF, want, atol=1e-5 * np.abs(want).max(), err_msg=kind)
 
 
+@pytest.mark.slow
 def test_values():
   """Tokens no multiple of anything; groups of nothing, of one row, and of several tiles."""
   compare(SPLIT)
@@ -84,6 +85,7 @@ def test_values_in_real_tiles(real_sizes):
   compare(LARGE)
 
 
+@pytest.mark.slow
 def test_bfloat16():
   """As near to the exact result as the meaning in bfloat16 is."""
   x, gate, *weights = make(jnp.bfloat16)

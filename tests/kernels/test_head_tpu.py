@@ -122,6 +122,7 @@ def placed(mesh, **inputs):
   return [jax.device_put(x, layout[name]) for name, x in inputs.items()]
 
 
+@pytest.mark.slow
 def test_on_a_mesh_that_shards_the_vocabulary(small_kernels):
   """Values and gradients through `head`: statistics of both shards are merged, gradients summed."""
   hidden, weights, target, weight = make_inputs(M=80, V=104)
@@ -145,6 +146,7 @@ def test_on_a_mesh_that_shards_the_vocabulary(small_kernels):
     assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['forward_kl', 'jsd'])
 def test_divergences_on_a_mesh(small_kernels, kind):
   *inputs, weight = pair_inputs(wide=128, M=80, V=104)

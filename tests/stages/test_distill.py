@@ -132,6 +132,7 @@ def test_an_offloaded_teacher_and_a_stop_between_two_updates_change_nothing(
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_teacher_like_the_student_has_nothing_to_say(settings, models, tmp_path):
   """On a mesh of its own, and with adapters, which begin as nothing."""
   alike = settings(teacher=str(models['student']), teacher_mesh=dict(fsdp=2, tensor=2), steps=2,
@@ -141,6 +142,7 @@ def test_a_teacher_like_the_student_has_nothing_to_say(settings, models, tmp_pat
   assert line['kl'] == pytest.approx(0, abs=1e-6) and line['grad_norm'] < 1e-5
 
 
+@pytest.mark.slow
 def test_prompts_go_to_the_teacher_of_their_source(settings, models, tmp_path):
   """The student itself as teacher of one source: those updates have no divergence, at first."""
   two = dict(teacher=None, teachers=(('hills', str(models['teacher'])),

@@ -130,6 +130,7 @@ def test_a_stop_between_the_updates_of_a_rollout_loses_nothing(straight, setting
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_mixture_replays_the_engines_routes(settings, tmp_path):
   assert run(tmp_path, settings(moe=True, steps=4, save_every=None, optim__peak_lr=3e-4),
              'tiny,moe') == 0
@@ -150,6 +151,7 @@ def test_the_gate_shuts_when_the_engine_has_other_weights(settings, tmp_path, mo
   assert not (tmp_path / 'checkpoints').exists() or not list((tmp_path / 'checkpoints').iterdir())
 
 
+@pytest.mark.slow
 def test_equal_rewards_stop_the_run_with_the_reason(settings, tmp_path, capsys):
   """Sums that a random model never gets right."""
   sums = (('tasks:kinds=add,difficulty=3', 1.0),)
