@@ -9,7 +9,8 @@ setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['qwen3_jax', 'qwen3_jax.*']),
-  package_data={'qwen3_jax.kernels': ['blocks.json']},
+  package_data={'qwen3_jax.kernels': ['blocks.json'],
+                'qwen3_jax.scaling': ['kernel_times.json']},
   install_requires=[
     'absl-py',
     'flax>=0.12',

@@ -17,6 +17,7 @@ import math
 import re
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'context', 'tensor')
@@ -28,10 +29,15 @@ RULES = dict(B=('data', 'fsdp'), M=('data', 'fsdp'), R=('data', 'fsdp'), T=('con
 def make_mesh(shape=None, devices=None):
   """A mesh over all devices; `shape` maps axis names to sizes, the missing rest goes to `fsdp`.
 
-  Raises ValueError for an unknown axis or sizes whose product is not the number of devices.
+  TPU slices, joined by a slower network, split the `data` axis first, which when missing has one
+  part for each. Raises ValueError for an unknown axis, sizes whose product is not the number of
+  devices, and a `data` axis that slices cannot split.
   """
   shape = dict(shape or {})
   devices = devices if devices is not None else jax.devices()
+  tpu = devices[0].platform == 'tpu'
+  slices = len({getattr(d, 'slice_index', 0) for d in devices}) if tpu else 1
+  shape.setdefault('data', slices)
   unknown = set(shape) - set(AXES)
   if unknown:
     raise ValueError(f'mesh axes {sorted(unknown)} do not exist; want some of {AXES}')
@@ -43,8 +49,15 @@ def make_mesh(shape=None, devices=None):
     raise ValueError(f'mesh {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, there are '
                      f'{len(devices)}; change the sizes in config.mesh (fsdp, when left out, takes '
                      'what remains)')
-  types = (jax.sharding.AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
+  if sizes[0] % slices:
+    raise ValueError(f'config.mesh.data is {sizes[0]}, there are {slices} slices: want a multiple')
+  inner, outer = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
+  if slices > 1:
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices,
+                                                allow_split_physical_axes=True)
+  else:
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def letters(name):

@@ -1,6 +1,7 @@
 """Letters become layouts."""
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -68,3 +69,18 @@ def test_constrain_without_a_mesh_changes_nothing(mesh):
   with jax.set_mesh(mesh):
     y_BTD = jax.jit(lambda x: alphabet.constrain(x * 1, 'BTD'))(x_BTD)
   assert y_BTD.sharding.shard_shape(y_BTD.shape) == (2, 8, 6)
+
+
+@pytest.mark.slow
+def test_slices_split_the_data_axis():
+  pytest.importorskip('libtpu', reason='LIBTPU ABSENT: pip install jax[tpu] brings the compiler')
+  from jax.experimental import topologies
+  devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2',
+                                         num_slices=2).devices
+  for shape in ({}, dict(tensor=2), dict(data=4)):
+    mesh = alphabet.make_mesh(shape, devices)
+    halves = np.split(mesh.devices, 2)
+    assert [{d.slice_index for d in half.flat} for half in halves] == [{0}, {1}]
+  assert alphabet.make_mesh({}, devices).shape['data'] == 2
+  with pytest.raises(ValueError, match='2 slices: want a multiple'):
+    alphabet.make_mesh(dict(data=1), devices)

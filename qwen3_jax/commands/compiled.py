@@ -12,9 +12,14 @@ def keep_compiled(least_seconds=0.5):
   user set (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE=0 ...) stays. Programs for CPUs
   are those of one kind of machine: each has a folder of its own.
   """
-  cache = Path(os.environ.get('QWEN3_JAX_CACHE') or '~/.cache/qwen3_jax').expanduser()
-  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache / 'compiled' / describe_machine()))
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR',
+                        str(cache_folder() / 'compiled' / describe_machine()))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', str(least_seconds))
+
+
+def cache_folder():
+  """$QWEN3_JAX_CACHE, else ~/.cache/qwen3_jax."""
+  return Path(os.environ.get('QWEN3_JAX_CACHE') or '~/.cache/qwen3_jax').expanduser()
 
 
 def describe_machine():

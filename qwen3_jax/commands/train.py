@@ -26,6 +26,7 @@ from etils import epath
 
 from qwen3_jax.commands import config as configs
 from qwen3_jax.commands.prepare import prepare
+from qwen3_jax.scaling import flags
 from qwen3_jax.training import hosts
 
 STUCK = 3
@@ -36,7 +37,7 @@ METHODS = {'pretrain': 'qwen3_jax.stages.pretrain', 'sft': 'qwen3_jax.stages.sft
 
 # What a run that is continued may change: how far, how often, on which machine; not what it learns.
 FREE = ('steps', 'epochs', 'stop_loss', 'save_every', 'keep', 'evaluate_every', 'mesh', 'remat',
-        'micro_batches', 'micro_rows', 'measure', 'measure_reward', 'parity')
+        'xla', 'micro_batches', 'micro_rows', 'measure', 'measure_reward', 'parity')
 
 
 def add_arguments(parser):
@@ -60,6 +61,7 @@ def main(args):
 
 def train(config, workdir):
   """Runs the stage of `config` in `workdir`; returns the exit code."""
+  flags.use(config.xla)
   from qwen3_jax.training.fit import Preempted, Stuck
   from qwen3_jax.training.preemption import EXIT_CODE
   with hosts.in_turn(f'prepare {workdir}'):

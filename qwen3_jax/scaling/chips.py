@@ -4,6 +4,7 @@ Google's documentation of 2026 (cloud.google.com/tpu/docs: v5e, v5p, v6e, tpu7x)
 interconnect are all of a chip's links together, both directions; that between slices (DCN) is a
 host's network card divided by its chips, as commonly sold.
 """
+import math
 from typing import NamedTuple
 
 
@@ -34,3 +35,9 @@ def find(topology):
     raise ValueError(f'no topology {topology!r}: want GENERATION:GRID with a generation of '
                      f'{", ".join(CHIPS)}, e.g. v5p:4x4x4 or v6e:8x8')
   return generation, CHIPS[generation]
+
+
+def count(topology):
+  """Chips of one slice."""
+  find(topology)
+  return math.prod(map(int, topology.partition(':')[2].split('x')))

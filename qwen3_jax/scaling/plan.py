@@ -1,24 +1,39 @@
 """Does a stage fit a TPU slice, how fast can it be, and why: from the real compiler, before paying.
 
-Memory, collectives and FLOPs are those of the compiled program. Times are a roofline, no
-measurement: each of matrix units, HBM and interconnect at its published peak, with nothing lost,
-and each assumption stated in the output.
+Memory, collectives and kernels are those of the compiled program, FLOPs those of its jaxpr. Times
+are a roofline, no measurement (see `scaling.describe.ASSUMED`): nothing has run on a TPU.
 """
 import collections
 import math
-import re
-import time
 from typing import NamedTuple
 
 import jax
 
-from qwen3_jax.scaling import chips, programs, traffic, work
+from qwen3_jax import mesh as alphabet
+from qwen3_jax.scaling import chips, kernel_calls, programs, verdict, work
+from qwen3_jax.stages import load, placement
 
 GIB = 2 ** 30
 
 
+class Wire(NamedTuple):
+  """Collectives of a kind over the same axes: runs and bytes of one device.
+
+  `hidden`: other work may go on beside them; `dcn`: they leave the slice.
+  """
+  kind: str
+  axes: str
+  hidden: bool
+  dcn: bool
+  runs: int
+  bytes: float
+
+
 class Estimate(NamedTuple):
-  """One compiled program. Bytes and FLOPs are a chip's; times in seconds."""
+  """One compiled program. Bytes and FLOPs are a device's; times in seconds.
+
+  `hbm` and `parts` include what lies beside it; of ICI and DCN, `exposed_s` is what nothing hides.
+  """
   name: str
   parts: dict  # HBM by what it holds
   hbm: float
@@ -26,18 +41,31 @@ class Estimate(NamedTuple):
   tokens: int
   useful: float
   executed: float
-  wire: dict  # {(kind, axes): (runs, bytes)}
-  compute_s: float
+  wire: list
+  kernels: list  # kernel_calls.Time
+  products_s: float  # of FLOPs outside of kernels
   memory_s: float
   ici_s: float
   dcn_s: float
+  exposed_s: float
   compiled_s: float
+  kept: bool
   fault: str = ''
 
   @property
+  def kernels_s(self):
+    return sum(each.seconds for each in self.kernels)
+
+  @property
   def seconds(self):
-    """The longer of computing, HBM and interconnect: full overlap."""
-    return max(self.compute_s, self.memory_s, self.ici_s, self.dcn_s)
+    """The longest of computing, HBM and hidden collectives, then what nothing hides."""
+    return max(self.products_s + self.kernels_s, self.memory_s,
+               self.ici_s + self.dcn_s - self.exposed_s) + self.exposed_s
+
+  @property
+  def serial_s(self):
+    """Where nothing overlaps."""
+    return self.products_s + self.kernels_s + self.memory_s + self.ici_s + self.dcn_s
 
   @property
   def fits(self):
@@ -51,10 +79,13 @@ def get_devices(topology, slices=1):
   more = {'num_slices': slices} if slices > 1 else {}
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=topology, **more).devices
-  except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+  except (RuntimeError, NotImplementedError) as error:  # the first is of what the compiler says
     text = str(error).splitlines()[0]
-    raise ValueError(f"no TPU compiler for {topology} here ({text}): pip install 'jax[tpu]'; it "
-                     'runs on any x86 Linux host') from error
+    if verdict.version('libtpu') == 'none':
+      raise ValueError(f"no TPU compiler here ({text}): pip install 'jax[tpu]'; it runs on any x86 "
+                       'Linux host') from error
+    raise ValueError(f'the compiler knows no topology {topology} ({text}); take the grid of a '
+                     'slice that exists, e.g. v5e:4x4, v5p:4x4x4, v6e:8x8') from error
 
 
 def check(config, topology, count):
@@ -62,130 +93,126 @@ def check(config, topology, count):
 
   The float32 weights, Adam's moments and a gradient of each must lie somewhere.
   """
-  from qwen3_jax.stages import load
   _, chip = chips.find(topology)
   spec = load.spec_from(config.model)
-  trained = 0 if config.lora.rank else 16
-  least = spec.parameters() * (trained + (2 if config.lora.rank else 0)) / count
+  adapted = config.lora.rank is not None
+  least = spec.parameters() * (2 if adapted else 16) / count
   room = chip.usable / chip.devices
   if least > room:
+    what, more = ('weights', '') if adapted else (
+      'weights, moments and gradients', ', or adapters (--config.lora.rank=16)')
     raise ValueError(
-      f'does not fit: weights, moments and gradients of {spec.parameters() / 1e9:.1f} billion '
-      f'parameters take {least / GIB:.1f} GiB of each of {count} devices, which have '
-      f'{room / GIB:.1f}. Take at least {math.ceil(count * least / room)} of them, a smaller '
-      'model, or adapters (--config.lora.rank=16)')
-  if config.data.batch % count and count % config.data.batch:
-    raise ValueError(f'config.data.batch is {config.data.batch} rows: no multiple of {count} '
-                     'devices; set --config.data.batch')
+      f'does not fit: {what} of {spec.parameters() / 1e9:.1f} billion parameters take '
+      f'{least / GIB:.1f} GiB of each of {count} devices, short by {(least - room) / GIB:.1f} GiB '
+      f'of the {room / GIB:.2f} they have. Take at least {math.ceil(count * least / room)} of '
+      f'them, a smaller model{more}')
 
 
-def estimate(program, mesh, topology, slices=1):
-  """The `Estimate` of one program; where the compiler finds no room for it, with its `fault`."""
-  _, chip = chips.find(topology)
-  devices = mesh.size
-  begun = time.monotonic()
-  with jax.set_mesh(mesh):
-    traced = program.fn.trace(*program.args)
-    executed = program.turns * work.of_jaxpr(traced.jaxpr.jaxpr) / devices
-    try:
-      compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-      return _without_room(program, chip, devices, executed, error, time.monotonic() - begun)
-  memory = compiled.memory_analysis()
-  hbm = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-         - memory.alias_size_in_bytes)
-  wire = collections.defaultdict(lambda: (0, 0.0))
-  for each in traffic.read(compiled.as_text(), mesh):
-    runs, size = wire[each.kind, each.axes]
-    times = each.runs * program.turns
-    wire[each.kind, each.axes] = runs + times, size + times * each.bytes
-  parts = dict(program.parts)
-  parts['other arguments'] = memory.argument_size_in_bytes - sum(parts.values())
-  parts['temporaries'] = memory.temp_size_in_bytes
-  parts['outputs'] = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  crossing = sum(size for (_, axes), (_, size) in wire.items() if slices > 1 and 'data' in axes)
-  inside = sum(size for _, size in wire.values()) - crossing
-  share = 1 / chip.devices
-  return Estimate(
-    program.name, parts, hbm, chip.usable * share, program.tokens, program.useful / devices,
-    executed, dict(wire), executed / (chip.flops * share), hbm_traffic(program, memory) / (
-      chip.bandwidth * share), inside / (chip.ici * share), crossing / (chip.dcn * share),
-    time.monotonic() - begun)
+def check_rows(config, mesh):
+  """ValueError where the batch's rows cannot be split over all devices that share them."""
+  ways = math.prod(mesh.shape.get(axis, 1) for axis in alphabet.RULES['B'])
+  if config.data.batch % ways:
+    near = max(ways, round(config.data.batch / ways) * ways)
+    raise ValueError(f'config.data.batch is {config.data.batch} rows, no multiple of the {ways} '
+                     f'devices that share them: some would repeat the work of others. Set '
+                     f'--config.data.batch={near}')
 
 
-def hbm_traffic(program, memory):
-  """Least bytes over HBM: arguments read once, outputs written once, temporaries both."""
-  return (memory.argument_size_in_bytes + memory.output_size_in_bytes
-          + 2 * memory.temp_size_in_bytes)
-
-
-def _without_room(program, chip, devices, executed, error, seconds):
-  used = re.search(r'Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm', str(error))
-  if not used:
-    raise error
-  scale = {'G': GIB, 'M': 2 ** 20}
-  need, room = float(used[1]) * scale[used[2]], float(used[3]) * scale[used[4]]
-  return Estimate(program.name, dict(program.parts), need, room, program.tokens,
-                  program.useful / devices, executed, {}, 0, 0, 0, 0, seconds,
-                  f'short by {(need - room) / GIB:.1f} GiB a device')
-
-
-def describe(estimate, chip, budget=None, count=1, price=None):
-  """Lines of text about one estimate; `budget` tokens of the stage, `price` of a chip-hour."""
-  e, share = estimate, chip.devices
-  short = e.fault or f'short by {(e.hbm - e.room) / GIB:.1f} GiB a device'
-  yield (f'{e.name}: {e.hbm / GIB:.2f} of {e.room / GIB:.2f} GiB of HBM a device'
-         + ('' if e.fits else f': DOES NOT FIT, {short}'))
-  for name, size in e.parts.items():
-    yield f'  {name:18} {size / GIB:8.2f} GiB'
-  if e.fault:
-    yield '  ' + advice(e)
-    return
-  yield (f'  FLOPs a device     {e.executed / 1e12:8.1f} T executed, {e.useful / 1e12:.1f} T '
-         f'useful ({e.useful / max(e.executed, 1):.2f})')
-  for (kind, axes), (runs, size) in sorted(e.wire.items(), key=lambda each: -each[1][1]):
-    yield f'  {kind:18} {size / 1e9:8.2f} GB over {axes}, {runs} runs'
-  yield (f'  roofline           {e.seconds:8.3f} s: compute {e.compute_s:.3f}, HBM >= '
-         f'{e.memory_s:.3f}, ICI {e.ici_s:.3f}, DCN {e.dcn_s:.3f}, all overlapped')
-  rate = e.tokens / e.seconds
-  mfu = e.useful / (e.seconds * chip.flops / share)
-  yield f'  at best            {rate:,.0f} tokens/s, MFU {mfu:.2f}'
-  if budget:
-    hours = budget / rate / 3600
-    cost = f', {hours * count / share * price:,.0f} at {price} a chip-hour' if price else ''
-    yield (f'  {budget:.3g} tokens  at best {hours / 24:,.1f} days, '
-           f'{hours * count / share:,.0f} chip-hours{cost}')
-  if not e.fits:
-    yield '  ' + advice(e)
-
-
-def advice(e):
-  """What to try where there is no room."""
-  largest = max((name for name in e.parts), key=e.parts.get)
-  if e.fault or largest == 'temporaries':
-    return ('most of it are temporaries: try --config.micro_batches=2 (or more), '
-            '--config.remat=full, or a shorter --config.data.length')
-  return f'most of it are {largest}: take more chips, or --config.lora.rank=16'
-
-
-def as_json(e):
-  """An estimate as a dict of plain values."""
-  return e._asdict() | {'wire': [dict(kind=kind, axes=axes, runs=runs, bytes=size)
-                                 for (kind, axes), (runs, size) in e.wire.items()],
-                        'seconds': e.seconds, 'fits': e.fits}
-
-
-def run(config, topology, slices=1, teacher=None, say=print):
-  """[Estimate] of every program of the stage of `config` on a slice, one line said for each."""
-  from qwen3_jax import mesh as alphabet
+def make_meshes(config, topology, slices):
+  """(train mesh, rollout mesh) on described devices."""
   devices = get_devices(topology, slices)
   check(config, topology, len(devices))
   shape = {axis: size for axis, size in config.mesh.items() if size}
-  mesh = alphabet.make_mesh(shape, devices)
+  if 'placement' not in config:
+    mesh = alphabet.make_mesh(shape, devices)
+    return mesh, mesh
+  p = config.placement
+  return placement.place(p.kind, p.fraction, p.slices, shape, p.rollout_mesh, devices)
+
+
+def run(config, topology, slices=1, teacher=None, say=print, folder=None):
+  """[Estimate] of every program of the stage of `config` on `slices` slices.
+
+  `say` is told what goes on; verdicts are kept in `folder`. Raises ValueError for what cannot be.
+  """
+  mesh, draw_mesh = make_meshes(config, topology, slices)
+  check_rows(config, mesh)
+  _, chip = chips.find(topology)
+  generation = topology.partition(':')[0]
   found = []
-  for program in programs.of_stage(config, mesh, teacher):
-    say(f'compiling {program.name} for {len(devices)} devices '
-        f'({", ".join(f"{k} {v}" for k, v in mesh.shape.items() if v > 1)}) ...')
-    found.append(estimate(program, mesh, topology, slices))
-    say(f'  took {found[-1].compiled_s:.0f} s')
+  for program in programs.of_stage(config, mesh, draw_mesh, teacher):
+    shape = ', '.join(f'{k} {v}' for k, v in program.mesh.shape.items() if v > 1)
+    say(f'{program.name} for {program.mesh.size} devices ({shape}): compiling ...')
+    found.append(estimate(program, chip, generation, say, folder))
+    say('  was compiled before' if found[-1].kept else
+        f'  compiled in {found[-1].compiled_s:.0f} s')
   return found
+
+
+def estimate(program, chip, generation, say=print, folder=None):
+  """The `Estimate` of one program; where the compiler finds no room for it, with its `fault`."""
+  mesh, share = program.mesh, 1 / chip.devices
+  with jax.set_mesh(mesh):
+    traced = program.fn.trace(*program.args)
+    executed = program.turns * work.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size
+    lowered = traced.lower()
+  found = verdict.of(lowered, mesh, folder, say)
+  numbers = dict(name=program.name, room=chip.usable * share, tokens=program.tokens,
+                 useful=program.useful / mesh.size, executed=executed,
+                 compiled_s=found['seconds'], kept=found['kept'])
+  if 'need' in found:
+    return Estimate(parts=program.parts | program.beside, hbm=found['need'], wire=[], kernels=[],
+                    products_s=0, memory_s=0, ici_s=0, dcn_s=0, exposed_s=0,
+                    fault=f'short by {(found["need"] - found["room"]) / GIB:.1f} GiB a device',
+                    **numbers)
+  calls = [kernel_calls.Call(*row)._replace(runs=row[2] * program.turns)
+           for row in found['kernels']]
+  peak, bandwidth = chip.flops * share, chip.bandwidth * share
+  wire = sum_wire(found['wire'], program)
+  sent = {dcn: sum(each.bytes for each in wire if each.dcn == dcn) for dcn in (False, True)}
+  exposed = sum(each.bytes / ((chip.dcn if each.dcn else chip.ici) * share)
+                for each in wire if not each.hidden)
+  parts = parts_of(program, found['memory'])
+  return Estimate(
+    parts=parts, hbm=sum(parts.values()), wire=wire,
+    kernels=kernel_calls.price(calls, generation, peak, bandwidth),
+    products_s=max(0, executed - kernel_calls.counted(calls)) / peak,
+    memory_s=hbm_traffic(program, found['memory'], wire) / bandwidth,
+    ici_s=sent[False] / (chip.ici * share), dcn_s=sent[True] / (chip.dcn * share),
+    exposed_s=exposed, **numbers)
+
+
+def parts_of(program, memory):
+  """Bytes of one device by what holds them: the compiler's sum, and what lies beside."""
+  parts = dict(program.parts)
+  parts['other arguments'] = memory['arguments'] - sum(parts.values())
+  parts['temporaries'] = memory['temporaries']
+  parts['outputs'] = memory['outputs'] - memory['aliased']
+  return parts | {f'beside: {name}': size for name, size in program.beside.items()}
+
+
+def sum_wire(rows, program):
+  """[Wire], the largest first, from rows of `traffic.Collective`."""
+  across, total = crossing(program.mesh), collections.defaultdict(lambda: (0, 0.0))
+  for kind, axes, runs, size, _, hidden in rows:
+    key = kind, axes, hidden, bool(across & set(axes.split('+')))
+    runs *= program.turns
+    total[key] = total[key][0] + runs, total[key][1] + runs * size
+  return sorted((Wire(*key, *value) for key, value in total.items()), key=lambda each: -each.bytes)
+
+
+def crossing(mesh):
+  """The mesh axes along which devices are of several slices."""
+  found = set()
+  for i, axis in enumerate(mesh.axis_names):
+    rows = mesh.devices.swapaxes(0, i).reshape(mesh.devices.shape[i], -1)
+    if any(len({getattr(d, 'slice_index', 0) for d in column}) > 1 for column in rows.T):
+      found.add(axis)
+  return found
+
+
+def hbm_traffic(program, memory, wire):
+  """Bytes over HBM: arguments read, outputs written, temporaries and gathered weights both."""
+  gathered = sum(each.bytes for each in wire if each.kind == 'all-gather')
+  return (program.turns * memory['arguments'] + memory['outputs']
+          + 2 * program.turns * memory['temporaries'] + 2 * gathered)

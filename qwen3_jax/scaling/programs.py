@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3_jax import mesh as alphabet
-from qwen3_jax.generation import decode
+from qwen3_jax.data import preferences
+from qwen3_jax.generation import decode, engine
 from qwen3_jax.generation.sampling import Sampling, Settings
-from qwen3_jax.model import transformer
-from qwen3_jax.model.cache import Pool
+from qwen3_jax.model import lora, reward, transformer
+from qwen3_jax.model.cache import Pool, shards
 from qwen3_jax.spec import Spec
-from qwen3_jax.stages import load, pretrain
-from qwen3_jax.training import distillation, optim, policy
+from qwen3_jax.stages import load, pairs, pretrain
+from qwen3_jax.training import distillation, losses, optim, policy, preference
 from qwen3_jax.training import step as training
 
 INTS = ('tokens_BT', 'segment_BT', 'position_BT')
@@ -27,35 +28,61 @@ PAGE, TURN = 128, 32  # of the engine on TPU: slots of a page, tokens of one cal
 
 
 class Program(NamedTuple):
-  """`fn(*args)` jitted; tokens and useful FLOPs of one run over all chips; bytes of its arguments
-  on one device, by what they are; turns of its outer loop, where only its arguments say them."""
+  """`fn(*args)` jitted for `mesh`; tokens and useful FLOPs of one run over all its chips; bytes of
+  its arguments on one device, by what they are; turns of its outer loop, where only its arguments
+  say them; `beside`, bytes of what else lies on the device while it runs."""
   name: str
   fn: object
   args: tuple
   tokens: int
   useful: float
   parts: dict
+  mesh: object
   turns: int = 1
+  beside: dict = {}
 
 
-def of_stage(config, mesh, teacher=None, held=8192):
-  """[Program] of a config's stage on `mesh`.
+def of_stage(config, mesh, draw_mesh=None, teacher=None, held=8192):
+  """[Program] of a config's stage, trained on `mesh`, rollouts drawn on `draw_mesh`, else there.
 
   `teacher` names the teacher of distillation; `held` is how many tokens the pages of a rollout hold
   a row, on average. Raises ValueError for a method without a plan.
   """
-  spec = load.spec_from(config.model)
+  spec, draw_mesh = load.spec_from(config.model), draw_mesh or mesh
   if config.method in ('pretrain', 'sft'):
     loss = pretrain.make_loss(config)
     return [update(config, spec, mesh, loss, batch_of(config, ('weight_BT',)))]
+  if config.method in ('dpo', 'reward'):
+    return preferred(config, spec, mesh)
   if config.method == 'rl':
-    return [update(config, spec, mesh, policy_loss(config), policy_batch(config, spec),
-                   report=policy.report), rollout(config, spec, mesh, held)]
-  if config.method == 'distill':
+    found = [update(config, spec, mesh, policy_loss(config), policy_batch(config, spec),
+                    report=policy.report)]
+    frozen = {}
+    if config.policy.beta:
+      frozen = {'reference': bytes_on_device(weights_in(config, spec, mesh))}
+  elif config.method == 'distill':
     other = Spec.named(teacher) if teacher else spec
-    return [distilled(config, spec, other, mesh), teacher_forward(config, other, mesh),
-            rollout(config, spec, mesh, held)]
-  raise ValueError(f'plan knows pretrain, sft, rl and distill, not {config.method}')
+    found = [distilled(config, spec, other, mesh), teacher_forward(config, other, mesh)]
+    frozen = {'teacher': found[1].parts['weights']}
+  else:
+    raise ValueError(f'plan knows pretrain, sft, dpo, reward, rl and distill, not {config.method}')
+  found += rollout(config, spec, draw_mesh, held)
+  return share(found, frozen) if draw_mesh == mesh else found
+
+
+def share(programs, frozen):
+  """The programs of a stage on the same devices, each beside what the others keep there.
+
+  The training state, the engine's weights and pages, and `frozen` models stay while any of them
+  runs.
+  """
+  kept = frozen | {'training state': sum(programs[0].parts[name] for name in (
+    'weights', 'optimizer')), 'engine': sum(programs[-1].parts.values())}
+
+  def beside(program):
+    own = {'update': 'training state', 'teacher': 'teacher'}.get(program.name, 'engine')
+    return {name: size for name, size in kept.items() if name != own}
+  return [program._replace(beside=beside(program)) for program in programs]
 
 
 def abstract(tree, mesh, dtype=None):
@@ -102,23 +129,67 @@ def policy_loss(config):
   return loss
 
 
-def update(config, spec, mesh, loss, batch, frozen=(), report=None):
-  """The training step: gradients, their norm, AdamW; the state is given away and comes back."""
-  optimizer = optim.adamw()
-  make = functools.partial(transformer.make, spec)
-  state = abstract(jax.eval_shape(lambda: training.state_of(make(), optimizer)), mesh)
-  micro = config.get('micro_batches', 1)
-  if rows := config.get('micro_rows'):
-    micro = max(1, config.data.batch // rows)
-  more = (report,) if report else ()
-  step = training.make_step(loss, optimizer, lambda step: 3e-4, micro, *more)
+def update(config, spec, mesh, loss, batch, frozen=(), report=losses.report, make=transformer.make):
+  """The training step: gradients, their norm, the optimizer; the state is given away and comes
+  back. With `config.lora.rank` adapters alone are trained, the model lies frozen beside them."""
+  optimizer, flops = optim.adamw(), spec.flops_per_token(config.data.length)
+  build, parts = functools.partial(make, spec), {}
+  if config.lora.rank is not None:
+    base = weights_in(config, spec, mesh, make)
+    loss, build, frozen = adapters(config, spec, loss, make), make_adapters(config, spec, make), (
+      base, *frozen)
+    flops, parts = spec.flops_per_token(config.data.length, frozen=True), {
+      'frozen model': bytes_on_device(base)}
+  state = abstract(jax.eval_shape(lambda: training.state_of(build(), optimizer)), mesh)
+  step = training.make_step(loss, optimizer, lambda step: 3e-4, config.get('micro_batches', 1),
+                            report, config.get('micro_rows'))
   out = jax.tree.map(lambda x: x.sharding, state), None
   batch = abstract(batch, mesh)
   tokens = config.data.batch * config.data.length
+  parts |= {'weights': bytes_on_device(state.params), 'optimizer': bytes_on_device(state.opt)}
+  rest = bytes_on_device(batch) + bytes_on_device(frozen) - parts.get('frozen model', 0)
   return Program('update', jax.jit(step, donate_argnums=0, out_shardings=out),
-                 (state, batch, *frozen), tokens, tokens * spec.flops_per_token(config.data.length),
-                 {'weights': bytes_on_device(state.params), 'optimizer': bytes_on_device(state.opt),
-                  'batch': bytes_on_device(batch) + bytes_on_device(frozen)})
+                 (state, batch, *frozen), tokens, tokens * flops, parts | {'batch': rest}, mesh)
+
+
+def weights_in(config, spec, mesh, make=transformer.make):
+  """Shapes of the model in the config's compute type."""
+  return abstract(jax.eval_shape(functools.partial(make, spec)), mesh, jnp.dtype(config.dtype))
+
+
+def make_adapters(config, spec, make):
+  """What builds the adapters of the config (see `stages.run.adapt`)."""
+  return lambda: lora.make(spec, **dict(config.lora), extra=lora.extra(make(spec)))
+
+
+def adapters(config, spec, loss, make):
+  """loss(adapters, batch, frozen model) from one of a whole model."""
+  lora.choose_targets(spec, **dict(config.lora))
+
+  def adapted(adapters, batch, base, *frozen):
+    return loss(lora.attach(base, adapters), batch, *frozen)
+  return adapted
+
+
+def preferred(config, spec, mesh):
+  """Training on pairs of answers: the update, and the reference's pass of DPO, run once before."""
+  batch = {name: jax.ShapeDtypeStruct((config.data.batch, *x.shape[1:]), x.dtype)
+           for name, x in preferences.make_batch([[]], config.data.length).items()}
+  if config.method == 'reward':
+    loss = pairs.bind(config, preference.bradley_terry, centre=config.centre)
+    return [update(config, spec, mesh, loss, batch, report=preference.report, make=reward.make)]
+  loss = pairs.bind(config, preference.dpo, beta=config.beta)
+  dtype, params, given = jnp.dtype(config.dtype), weights_in(config, spec, mesh), abstract(
+    batch, mesh)
+
+  def reference(params, batch):
+    out = params(batch['tokens_BT'], batch['segment_BT'], batch['position_BT'], dtype=dtype)
+    return preference.answer_logp(params, out, batch)
+  tokens = config.data.batch * config.data.length
+  return [update(config, spec, mesh, loss, batch, report=preference.report), Program(
+    'reference, before training', jax.jit(reference), (params, given), tokens,
+    tokens * spec.flops_per_token(config.data.length) / 3,
+    {'weights': bytes_on_device(params), 'batch': bytes_on_device(given)}, mesh)]
 
 
 def distilled(config, spec, other, mesh):
@@ -136,33 +207,38 @@ def distilled(config, spec, other, mesh):
 
 def teacher_forward(config, other, mesh):
   """The teacher's forward pass over a batch."""
-  dtype = jnp.dtype(config.dtype)
-  params = abstract(jax.eval_shape(functools.partial(transformer.make, other)), mesh, dtype)
-  batch = abstract(batch_of(config), mesh)
+  params, batch = weights_in(config, other, mesh), abstract(batch_of(config), mesh)
   tokens = config.data.batch * config.data.length
-  return Program('teacher', jax.jit(functools.partial(distillation.teacher_states, dtype=dtype)),
-                 (params, batch), tokens, tokens * other.flops_per_token(config.data.length) / 3,
-                 {'weights': bytes_on_device(params), 'batch': bytes_on_device(batch)})
+  run = functools.partial(distillation.teacher_states, dtype=jnp.dtype(config.dtype))
+  return Program('teacher', jax.jit(run), (params, batch), tokens,
+                 tokens * other.flops_per_token(config.data.length) / 3,
+                 {'weights': bytes_on_device(params), 'batch': bytes_on_device(batch)}, mesh)
 
 
 def rollout(config, spec, mesh, held):
-  """TURN tokens of every row of a rollout, the pages holding `held` tokens a row."""
+  """[Program]: prompts prefilled, and TURN tokens of every row, pages holding `held` a row."""
   r, dtype = config.rollout, jnp.dtype(config.dtype)
-  held = min(held, r.max_tokens)
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
-  B = -(-config.engine.rows // ways) * ways
-  columns = -(-r.max_tokens // PAGE)
+  held, size = min(held, r.max_tokens), config.engine.page or PAGE
+  with jax.set_mesh(mesh):
+    ways = shards()
+    rows, turn = -(-config.engine.rows // ways), config.engine.chunk or TURN
+    model = weights_in(config, spec, mesh)
+    count = config.engine.pages or ways * (rows * -(-held // size) + 1)
+    pool = abstract(jax.eval_shape(functools.partial(Pool.make, spec, count, size, dtype)), mesh)
+  parts = {'weights': bytes_on_device(model), 'keys and values': bytes_on_device(pool)}
+  decoder, sparse = decode.Decoder(model), bool(spec.experts)
+
+  def tables(B, columns, T):
+    return np.zeros((B, columns), np.int32), np.zeros((B, (T + size - 2) // size + 1), np.int32)
+  B, T = ways * min(rows, engine.TOKENS // engine.PIECE), engine.PIECE
   zero = np.zeros(B, np.int32)
+  first = Program(f'prefill, {B} prompts', decode.prefill, (
+    decoder, pool, np.zeros((B, T), np.int32), zero, zero, *tables(B, T // size, T), sparse),
+    B * T, B * T * spec.flops_per_token(T) / 3, parts, mesh)
+  B, zero = ways * rows, np.zeros(ways * rows, np.int32)
   state = decode.Rows(zero, zero, zero, zero, zero == 0, zero == 1, np.zeros((B, 4), np.int32),
                       Settings.make([Sampling()] * B, range(B), spec.vocab), None, None, None)
-  with jax.set_mesh(mesh):
-    model = abstract(jax.eval_shape(functools.partial(transformer.make, spec)), mesh, dtype)
-    pool = abstract(jax.eval_shape(functools.partial(
-      Pool.make, spec, B * -(-held // PAGE) + ways, PAGE, dtype)), mesh)
-  args = (decode.Decoder(model), pool, state, np.zeros((B, columns), np.int32),
-          np.zeros((B, (TURN + PAGE - 2) // PAGE + 1), np.int32), np.int32(TURN), np.int32(1), TURN,
-          bool(spec.experts))
-  return Program(f'decode, {B} rows', decode.decode, args, B * TURN,
-                 B * TURN * spec.flops_per_token(held) / 3,
-                 {'weights': bytes_on_device(model), 'keys and values': bytes_on_device(pool)},
-                 TURN)
+  args = (decoder, pool, state, *tables(B, -(-r.max_tokens // size), turn), np.int32(turn),
+          np.int32(1), turn, sparse)
+  return [first, Program(f'decode, {B} rows', decode.decode, args, B * turn,
+                         B * turn * spec.flops_per_token(held) / 3, parts, mesh, turn)]

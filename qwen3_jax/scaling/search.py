@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import NamedTuple
 
+from qwen3_jax import mesh as alphabet
 from qwen3_jax.model import transformer
 from qwen3_jax.scaling import chips, memory
 from qwen3_jax.stages import load
@@ -15,12 +16,12 @@ from qwen3_jax.stages import load
 # all but attention, next to nothing.
 AGAIN = {'full': 8 / 6, 'attention_out': 1.3, 'dots': 1.04, 'none': 1.0}
 SPARE = 0.9  # of the room: what arithmetic does not see
+MOST = 16  # ways to split experts, so that a token's copies go to few places
 
 
 class Choice(NamedTuple):
-  """Settings of a step; bytes and seconds a device, by arithmetic."""
-  tensor: int
-  context: int
+  """Settings of a step; bytes and seconds a device, by arithmetic. `mesh`: ((axis, size), ...)."""
+  mesh: tuple
   remat: str
   micro_batches: int
   bytes: float
@@ -29,84 +30,144 @@ class Choice(NamedTuple):
   @property
   def overrides(self):
     """What to add to a command line."""
-    return [f'--config.mesh.tensor={self.tensor}', f'--config.mesh.context={self.context}',
+    return [*(f'--config.mesh.{axis}={size}' for axis, size in self.mesh),
             f'--config.remat={self.remat}', f'--config.micro_batches={self.micro_batches}']
 
+  def apply(self, config):
+    """A config of its own with these settings."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+      config.mesh.update(dict(self.mesh))
+      config.remat, config.micro_batches = self.remat, self.micro_batches
+    return config
 
-def candidates(config, topology, count):
-  """[Choice] of everything that seems to fit `count` devices, the fastest first."""
+
+def candidates(config, topology, count, slices=1):
+  """[Choice] of everything that seems to fit `count` devices of `slices` slices, fastest first."""
   _, chip = chips.find(topology)
   spec, room = load.spec_from(config.model), chip.usable / chip.devices
   found = []
-  for tensor, context in itertools.product(_powers(min(spec.kv_heads, 8)), _powers(8)):
-    ways = count // (tensor * context)
-    if tensor * context > count or count % (tensor * context) or config.data.batch % ways:
+  for mesh in meshes(spec, config, count, slices):
+    ways = math.prod(mesh[axis] for axis in alphabet.RULES['B'])
+    if config.data.batch % ways:
       continue
-    if context > 1 and config.data.length // context < 4096:
-      continue  # shorter pieces only add traffic
     rows = config.data.batch // ways
-    for micro in (m for m in _powers(rows) if rows % m == 0):
-      for remat in transformer.POLICIES:
-        if remat not in AGAIN:
-          continue
-        size = bytes_of(spec, config, rows // micro, tensor, context, remat, count)
-        if size < SPARE * room:
-          found.append(Choice(tensor, context, remat, micro, size, seconds_of(
-            spec, config, chip, tensor, context, remat, micro, count)))
+    for remat, micro in itertools.product(
+        (name for name in transformer.POLICIES if name in AGAIN),
+        (m for m in _powers(rows) if rows % m == 0)):
+      size = bytes_of(spec, config, rows // micro, mesh, remat, count)
+      if size < SPARE * room:
+        seconds = seconds_of(spec, config, chip, mesh, remat, micro, count)
+        given = tuple((axis, size) for axis, size in mesh.items() if axis != 'fsdp')
+        found.append(Choice(given, remat, micro, size, seconds))
   return sorted(found, key=rank)
+
+
+def meshes(spec, config, count, slices):
+  """{axis: size} of every mesh worth trying; slices split the data axis."""
+  experts = min(spec.experts, MOST) if 'expert' in alphabet.AXES else 1
+  for tensor, context, expert in itertools.product(
+      _powers(min(spec.kv_heads, 8)), _powers(8), _powers(experts)):
+    inner = tensor * context * expert * slices
+    if count % inner or context > 1 and config.data.length // context < 4096:
+      continue  # shorter pieces only add traffic
+    mesh = dict(data=slices, fsdp=count // inner, context=context, tensor=tensor)
+    yield mesh | (dict(expert=expert) if 'expert' in alphabet.AXES else {})
 
 
 def rank(choice):
   """The fastest first; of as fast ones those of fewer parts."""
-  return choice.seconds, choice.micro_batches, choice.tensor * choice.context, choice.bytes
+  return (choice.seconds, choice.micro_batches, math.prod(size for _, size in choice.mesh),
+          choice.bytes)
 
 
-def bytes_of(spec, config, rows, tensor, context, remat, count):
-  """Of one device: its share of weights, moments and gradients, and its rows' activations."""
+def bytes_of(spec, config, rows, mesh, remat, count):
+  """Of one device: its share of weights, moments and gradients, and its rows' activations.
+
+  Slices each have all weights.
+  """
   activations = sum(memory.activations(
-    spec, rows * config.data.length // context, remat=remat).values())
-  gathered = 4 * spec.parameters() * 2 / spec.layers / tensor  # two layers' weights, twice
-  return 16 * spec.parameters() / count + activations / tensor + gathered
+    spec, rows * config.data.length // mesh['context'], remat=remat).values())
+  dense, routed = weights_of(spec)
+  gathered = 4 * 2 / spec.layers * (dense + routed / mesh.get('expert', 1)) / mesh['tensor']
+  return (16 * spec.parameters() * mesh['data'] / count + activations / mesh['tensor']
+          + gathered)  # two layers' weights, twice
 
 
-def seconds_of(spec, config, chip, tensor, context, remat, micro, count):
-  """The longer of matrix products and interconnect."""
+def weights_of(spec):
+  """(parameters of all but experts, those of experts)."""
+  routed = 3 * spec.experts * spec.width * (spec.expert_mlp or 0) * sum(
+    map(spec.sparse, range(spec.layers)))
+  return spec.parameters() - routed, routed
+
+
+def seconds_of(spec, config, chip, mesh, remat, micro, count):
+  """The longest of matrix products, interconnect and, across slices, network."""
   tokens = config.data.batch * config.data.length / count
   compute = tokens * spec.flops_per_token(config.data.length) * AGAIN[remat] / (
     chip.flops / chip.devices)
+  tensor, context, expert = mesh['tensor'], mesh['context'], mesh.get('expert', 1)
   passes = 2 if remat == 'none' else 3  # forward, again, backward
-  wire = micro * spec.parameters() / tensor * (2 * passes + 4)  # gathers in bfloat16, sums in f32
+  dense, routed = weights_of(spec)
+  held = (dense + routed / expert) / tensor
+  wire = micro * held * (2 * passes + 4)  # gathers in bfloat16, sums in float32
+  if expert > 1:  # a token goes once to each part that has one of its experts, and comes back
+    copies = min(spec.chosen, expert) * (expert - 1) / expert
+    wire += 2 * passes * spec.layers * tokens * copies * spec.width * 2
   if tensor > 1:
     wire += 2 * passes * 2 * spec.layers * tokens * tensor * spec.width * 2
   if context > 1:
     wire += passes * spec.layers * 2 * tokens * context * 2 * spec.kv_heads * spec.head_width
-  return max(compute, wire / (chip.ici / chip.devices))
+  network = 8 * spec.parameters() * mesh['data'] / count if mesh['data'] > 1 else 0
+  return max(compute, wire / (chip.ici / chip.devices), network / (chip.dcn / chip.devices))
 
 
 def _powers(limit):
   return [2 ** i for i in range(int(math.log2(max(limit, 1))) + 1)]
 
 
-def search(config, topology, slices=1, most=3, say=print):
+def search(config, topology, slices=1, most=3, say=print, folder=None):
   """[(Choice, Estimate)] of the `most` best candidates, compiled; those that fit first, by time.
 
-  Raises ValueError where arithmetic finds nothing that fits.
+  Verdicts are kept in `folder`. Raises ValueError where arithmetic finds nothing that fits.
   """
   from qwen3_jax.scaling import plan
   count = len(plan.get_devices(topology, slices))
   plan.check(config, topology, count)
-  found = candidates(config, topology, count)
+  found = candidates(config, topology, count, slices)
   if not found:
     raise ValueError(f'by arithmetic nothing fits {topology}: take more chips, shorter rows '
                      '(--config.data.length), or adapters (--config.lora.rank=16)')
   say(f'{len(found)} settings seem to fit; compiling the {min(most, len(found))} best')
   tried = []
-  for choice in found[:most]:
-    say(f'{" ".join(choice.overrides)}: by arithmetic {choice.bytes / 2**30:.1f} GiB, '
-        f'{choice.seconds:.2f} s')
-    one = config.copy_and_resolve_references()
-    with one.unlocked():
-      one.mesh.tensor, one.mesh.context = choice.tensor, choice.context
-      one.remat, one.micro_batches = choice.remat, choice.micro_batches
-    tried.append((choice, plan.run(one, topology, slices, say=say)[0]))
+  while len(tried) < most and (choice := next(
+      (choice for choice in found if is_worth(choice, tried)), None)):
+    say(f'{len(tried) + 1}: {" ".join(choice.overrides)}; by arithmetic '
+        f'{choice.bytes / 2**30:.1f} GiB, {choice.seconds:.2f} s')
+    tried.append((choice, plan.run(choice.apply(config), topology, slices, say=say,
+                                   folder=folder)[0]))
   return sorted(tried, key=lambda each: (not each[1].fits, each[1].seconds))
+
+
+def is_worth(choice, tried):
+  """Whether to compile it, after what others were: not where the like of it fits with fewer
+  micro-batches, nor where it is as short of memory as the like of it was."""
+  for other, estimate in tried:
+    if other.remat == choice.remat and (
+        estimate.fits and other.mesh == choice.mesh or
+        choice.bytes * estimate.hbm / other.bytes > estimate.room):
+      return False
+  return True
+
+
+def tabulate(tried):
+  """Lines: what was compiled, the best first, and what to set for it."""
+  yield f'{"GiB":>7} {"said":>7} {"s":>8} {"said":>8}           settings'
+  for choice, each in tried:
+    verdict = 'fits' if each.fits else 'too large'
+    seconds = f'{each.seconds:8.3f}' if not each.fault else f'{"-":>8}'
+    yield (f'{each.hbm / 2**30:7.1f} {choice.bytes / 2**30:7.1f} {seconds} {choice.seconds:8.3f} '
+           f'{verdict:9} {" ".join(choice.overrides)}')
+  choice, best = tried[0]
+  yield ('set: ' + ' '.join(choice.overrides)) if best.fits else (
+    'none of these fits: --search with a larger number compiles more')

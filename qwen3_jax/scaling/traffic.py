@@ -22,38 +22,74 @@ _SHAPE = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
 
 
 class Collective(NamedTuple):
-  """One collective of the text: `runs` of it, `bytes` on the wire for each."""
+  """One collective of the text: `runs` of it, `bytes` on the wire for each.
+
+  `hidden`: it is started and waited for apart, so that other work may go on beside it.
+  """
   kind: str
   axes: str
   runs: int
   bytes: float
   name: str
+  hidden: bool = False
+
+
+class Step(NamedTuple):
+  """An instruction where it is run: in a computation, `runs` times.
+
+  `branch` is the outermost conditional's name and which of its branches this is in, or None.
+  """
+  computation: str
+  name: str
+  shape: str
+  opcode: str
+  tail: str
+  runs: int
+  branch: tuple | None
 
 
 def read(text, mesh):
   """[Collective] of a compiled program's text (`compiled.as_text()`) on `mesh`."""
-  computations, entry = split(text)
-  groups = partitions(mesh)
-  found = []
+  groups, found = partitions(mesh), []
+  for step in walk(text):
+    kind = next((k for k in KINDS if step.opcode in (k, f'{k}-start')), None)
+    if not kind:
+      continue
+    size = wire(kind, step.shape, step.tail, step.opcode)
+    if kind == 'all-reduce' and step.computation.startswith('all-reduce-scatter'):
+      kind, size = 'reduce-scatter', size / 2  # of the sum each device keeps a part
+    hidden = step.opcode.endswith('-start') or 'async' in step.computation
+    found.append(Collective(kind, _axes(step.tail, groups), step.runs, size, step.name, hidden))
+  return found
 
-  def visit(name, runs, inside):
+
+def walk(text):
+  """Every `Step` of a compiled program's text, loops and called computations entered."""
+  computations, entry = split(text)
+
+  def visit(name, runs, inside, branch):
     for instruction, rest in computations.get(name, ()):
       shape, opcode, tail = _parse(rest)
+      yield Step(name, instruction, shape, opcode, tail, runs, branch)
       if opcode == 'while':
-        visit(_name(tail, 'body'), runs * count_turns(tail, computations), inside)
-      for key in ('calls', 'to_apply', 'true_computation', 'false_computation'):
-        called = _name(tail, key)
-        if called and opcode not in KINDS and not opcode.startswith(KINDS) and called not in inside:
-          visit(called, runs, inside | {called})
-      kind = next((k for k in KINDS if opcode in (k, f'{k}-start')), None)
-      if not kind:
-        continue
-      size = wire(kind, shape, tail, opcode)
-      if kind == 'all-reduce' and name.startswith('all-reduce-scatter'):
-        kind, size = 'reduce-scatter', size / 2  # of the sum each device keeps a part
-      found.append(Collective(kind, _axes(tail, groups), runs, size, instruction))
-  visit(entry, 1, frozenset())
-  return found
+        turns = count_turns(tail, computations)
+        yield from visit(_name(tail, 'body'), runs * turns, inside, branch)
+      elif opcode == 'conditional':
+        for i, called in enumerate(_branches(tail)):
+          yield from visit(called, runs, inside | {called}, branch or (instruction, i))
+      elif not opcode.startswith(KINDS):
+        for key in ('calls', 'to_apply'):
+          called = _name(tail, key)
+          if called and called not in inside:
+            yield from visit(called, runs, inside | {called}, branch)
+  return visit(entry, 1, frozenset(), None)
+
+
+def _branches(tail):
+  """Names of the computations of a conditional."""
+  if listed := re.search(r'branch_computations=\{([^}]*)\}', tail):
+    return re.findall(r'%?([\w.\-]+)', listed[1])
+  return [_name(tail, key) for key in ('true_computation', 'false_computation')]
 
 
 def split(text):

@@ -41,8 +41,10 @@ def pretraining(stage, arg, tokens):
   peak, rows = (4e-3, 16) if small else RECIPES[size]
   config = ConfigDict(dict(
       stage=stage, method='pretrain', seed=0, init=None, model=_fields(spec),
-      mesh=dict(data=1, fsdp=None, context=1, tensor=1),  # None: the devices that remain
+      # None: of data one part a slice, of fsdp the devices that remain.
+      mesh=dict(data=None, fsdp=None, context=1, tensor=1),
       dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', micro_batches=1,
+      xla=None,  # a preset of TPU compiler flags: scaling.flags
       balance=0.008 if spec.experts else None,  # global-batch weight (2501.11873): HF's 0.001 x 8
       router_z=0.001 if spec.experts else None,
       # Adapters of a frozen model where a rank is given. With alpha 32 a good learning rate hardly
