@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from qwen3_jax import mesh as alphabet
-from qwen3_jax.scaling import chips, kernel_calls, programs, verdict, work
+from qwen3_jax.scaling import chips, kernel_calls, programs, traffic, verdict, work
 from qwen3_jax.stages import load, placement
 
 GIB = 2 ** 30
@@ -159,25 +159,25 @@ def estimate(program, chip, generation, say=print, folder=None):
   found = verdict.of(lowered, mesh, folder, say)
   numbers = dict(name=program.name, room=chip.usable * share, tokens=program.tokens,
                  useful=program.useful / mesh.size, executed=executed,
-                 compiled_s=found['seconds'], kept=found['kept'])
-  if 'need' in found:
-    return Estimate(parts=program.parts | program.beside, hbm=found['need'], wire=[], kernels=[],
+                 compiled_s=found.seconds, kept=found.kept)
+  if found.memory is None:
+    return Estimate(parts=program.parts | program.beside, hbm=found.need, wire=[], kernels=[],
                     products_s=0, memory_s=0, ici_s=0, dcn_s=0, exposed_s=0,
-                    fault=f'short by {(found["need"] - found["room"]) / GIB:.1f} GiB a device',
+                    fault=f'short by {(found.need - found.room) / GIB:.1f} GiB a device',
                     **numbers)
-  calls = [kernel_calls.Call(*row)._replace(runs=row[2] * program.turns)
-           for row in found['kernels']]
+  calls = [call._replace(runs=call.runs * program.turns)
+           for call in kernel_calls.read(found.text)]
   peak, bandwidth = chip.flops * share, chip.bandwidth * share
-  wire = sum_wire(found['wire'], program)
+  wire = sum_wire(traffic.read(found.text, mesh), program)
   sent = {dcn: sum(each.bytes for each in wire if each.dcn == dcn) for dcn in (False, True)}
   exposed = sum(each.bytes / ((chip.dcn if each.dcn else chip.ici) * share)
                 for each in wire if not each.hidden)
-  parts = parts_of(program, found['memory'])
+  parts = parts_of(program, found.memory)
   return Estimate(
     parts=parts, hbm=sum(parts.values()), wire=wire,
     kernels=kernel_calls.price(calls, generation, peak, bandwidth),
     products_s=max(0, executed - kernel_calls.counted(calls)) / peak,
-    memory_s=hbm_traffic(program, found['memory'], wire) / bandwidth,
+    memory_s=hbm_traffic(program, found.memory, wire) / bandwidth,
     ici_s=sent[False] / (chip.ici * share), dcn_s=sent[True] / (chip.dcn * share),
     exposed_s=exposed, **numbers)
 
@@ -192,12 +192,12 @@ def parts_of(program, memory):
 
 
 def sum_wire(rows, program):
-  """[Wire], the largest first, from rows of `traffic.Collective`."""
+  """[Wire], the largest first, from [traffic.Collective]."""
   across, total = crossing(program.mesh), collections.defaultdict(lambda: (0, 0.0))
-  for kind, axes, runs, size, _, hidden in rows:
-    key = kind, axes, hidden, bool(across & set(axes.split('+')))
-    runs *= program.turns
-    total[key] = total[key][0] + runs, total[key][1] + runs * size
+  for each in rows:
+    key = each.kind, each.axes, each.hidden, bool(across & set(each.axes.split('+')))
+    runs = each.runs * program.turns
+    total[key] = total[key][0] + runs, total[key][1] + runs * each.bytes
   return sorted((Wire(*key, *value) for key, value in total.items()), key=lambda each: -each.bytes)
 
 

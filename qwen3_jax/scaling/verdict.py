@@ -1,10 +1,11 @@
-"""What the TPU compiler says of a program: memory, collectives, kernels; kept on disk by its hash.
+"""What the TPU compiler makes of a program: its text and its memory, kept on disk by the hash.
 
-A file is named by the hash of all that the verdict follows from: the program's StableHLO, the
-devices, the versions of JAX, jaxlib and libtpu, the compiler's flags, and this package's readers of
-its text. A damaged file is ignored, and written anew.
+A file is named by the hash of all that the outcome follows from: the program's StableHLO, the
+devices, the versions of JAX, jaxlib and libtpu, and the compiler's flags. A damaged file is
+ignored, and written anew.
 """
 import concurrent.futures
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -12,38 +13,51 @@ import os
 import re
 import tempfile
 import time
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-
-from qwen3_jax.scaling import kernel_calls, traffic
 
 FLAGS = 'LIBTPU_INIT_ARGS', 'XLA_FLAGS'
 BEAT = 30  # seconds between two signs of life
 
 
-def of(lowered, mesh, folder=None, say=print):
-  """A dict of plain values; `kept`: it was found in `folder`.
+class Verdict(NamedTuple):
+  """Bytes of one device by the compiler's parts and the compiled program's text, without kernels'
+  bodies; or where it finds no room, what is needed of the room there is. Seconds of compiling, and
+  whether it was known."""
+  memory: dict | None
+  text: str
+  need: float
+  room: float
+  seconds: float
+  kept: bool = False
 
-  Either `need` and `room`, bytes of a device, where the compiler finds no room; or `memory` {part:
-  bytes}, `wire` rows (see `traffic.Collective`) and `kernels` rows (`kernel_calls.Call`). And
-  `seconds` of compiling.
+
+def of(lowered, mesh, folder=None, say=print):
+  """The `Verdict` on a lowered program, known from `folder` or compiled now.
+
+  Raises ValueError where the compiler refuses the program for another reason than memory.
   """
-  path = folder and Path(folder) / f'{key_of(lowered, mesh)}.json'
+  path = folder and Path(folder) / f'{key_of(lowered, mesh)}.json.gz'
   if path and (known := read(path)):
-    return known | dict(kept=True)
-  begun = time.monotonic()
+    return known._replace(kept=True)
+  begun, memory, text, need, room = time.monotonic(), None, '', 0.0, 0.0
   try:
     compiled = aside(lowered.compile, say)
-    text = compiled.as_text()
-    found = dict(memory=memory_of(compiled), wire=[list(x) for x in traffic.read(text, mesh)],
-                 kernels=[list(x) for x in kernel_calls.read(text)])
+    memory, text = memory_of(compiled), strip(compiled.as_text())
   except jax.errors.JaxRuntimeError as error:
-    found = without_room(error)
-  found['seconds'] = time.monotonic() - begun
+    need, room = without_room(error)
+  found = Verdict(memory, text, need, room, time.monotonic() - begun)
   if path:
     write(path, found)
-  return read_back(found) | dict(kept=False)
+  return found
+
+
+def strip(text):
+  """A program's text without what is long and says nothing: kernels' bodies and their sources."""
+  return re.sub(r'"(body|debug_locations)":"[^"]*"', r'"\1":""', text)
 
 
 def aside(work, say):
@@ -66,24 +80,23 @@ def memory_of(compiled):
 
 
 def without_room(error):
-  """What the compiler's error says of memory; ValueError where it is about something else."""
+  """(needed, there is) in bytes, by the compiler's error; ValueError for another error."""
   number = r'([\d.]+)([GMK])'
   used = (re.search(rf'Used {number} of {number} hbm', str(error)) or re.search(
     rf'total memory required [^(]*\({number}\) exceeds available HBM \({number}\)', str(error)))
   if not used:
     raise ValueError(f'the TPU compiler refuses this program: {error}') from error
   scale = {'G': 2 ** 30, 'M': 2 ** 20, 'K': 2 ** 10}
-  return dict(need=float(used[1]) * scale[used[2]], room=float(used[3]) * scale[used[4]])
+  return float(used[1]) * scale[used[2]], float(used[3]) * scale[used[4]]
 
 
 def key_of(lowered, mesh):
-  """Hash of all that decides the verdict."""
+  """Hash of all that decides."""
   known = [version(name) for name in ('jax', 'jaxlib', 'libtpu')]
   known += [os.environ.get(name, '') for name in FLAGS]
   known += [str(dict(mesh.shape)), mesh.devices.flat[0].device_kind, lowered.as_text()]
   known += [str((device.id, getattr(device, 'coords', None), getattr(device, 'slice_index', 0)))
             for device in mesh.devices.flat]
-  known += [Path(module.__file__).read_text() for module in (kernel_calls, traffic)]
   return hashlib.sha256('\0'.join(known).encode()).hexdigest()[:40]
 
 
@@ -96,11 +109,11 @@ def version(name):
 
 
 def read(path):
-  """The verdict in a file, or None where there is none whose checksum is right."""
+  """The `Verdict` in a file, or None where there is none whose checksum is right."""
   try:
-    checksum, body = path.read_text().split('\n', 1)
-    return json.loads(body) if checksum == hash_of(body) else None
-  except (OSError, ValueError):
+    checksum, body = gzip.decompress(path.read_bytes()).decode().split('\n', 1)
+    return Verdict(*json.loads(body)) if checksum == hash_of(body) else None
+  except (OSError, EOFError, ValueError, zlib.error):
     return None
 
 
@@ -109,16 +122,11 @@ def write(path, found):
   body = json.dumps(found)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile('w', dir=path.parent, delete=False) as file:
-      file.write(f'{hash_of(body)}\n{body}')
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+      file.write(gzip.compress(f'{hash_of(body)}\n{body}'.encode(), 6))
     os.replace(file.name, path)
   except OSError:
     pass
-
-
-def read_back(found):
-  """As it will be read: lists in the place of tuples."""
-  return json.loads(json.dumps(found))
 
 
 def hash_of(text):
