@@ -1,6 +1,6 @@
 """The real TPU compiler accepts the training step, dense and mixture, on a described topology.
 
-Compiled, not run: no TPU is here. Sizes of memory for real models: benchmarks/compile_tpu.py.
+Compiled, not run: no TPU is here. Sizes of memory for real models: `python -m qwen3_jax plan`.
 """
 import functools
 

@@ -49,11 +49,11 @@ def main(args):
   check(config, args)
   os.environ |= ALONE
   flags.use(config.xla, generation)
-  from qwen3_jax.scaling import describe, plan
+  from qwen3_jax.scaling import describe, plan, search
   folder = compiled.cache_folder() / 'plans'
   try:
     if args.search:
-      found = search(config, args, folder)
+      found = find(config, args, folder)
     else:
       found = plan.run(config, args.topology, args.slices, args.teacher, say, folder)
   except KeyboardInterrupt:
@@ -69,6 +69,8 @@ def main(args):
     for each in found:
       budget = config.steps * rows if config.steps and each.name == 'update' else None
       print('\n'.join(describe.describe(each, chip, budget, devices, args.price)))
+    if not found[0].fits and config.method in ('pretrain', 'sft') and config.lora.rank is None:
+      print('  ' + search.advise(config, args.topology, devices, args.slices))
     print(f'\n{describe.ASSUMED}')
   return 0 if all(each.fits for each in found) else NO_ROOM
 
@@ -89,7 +91,7 @@ def say(text):
   print(text, file=sys.stderr, flush=True)
 
 
-def search(config, args, folder):
+def find(config, args, folder):
   """The best settings' estimate; all that were tried, and what to set, are printed."""
   from qwen3_jax.scaling import search
   tried = search.search(config, args.topology, args.slices, args.search, say, folder)

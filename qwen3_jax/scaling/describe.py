@@ -8,7 +8,7 @@ Exact: HBM, collectives and their bytes, kernels and FLOPs are those of the comp
 An estimate is every time. Nothing here has run on a TPU. Products outside of kernels run at
 the chip's peak; kernels as long as the compiler's schedule of them says where it was scored
 ('schedule'; 'like': another shape was, time goes with FLOPs), else at the peak of FLOPs or HBM
-('bound'); HBM moves arguments, outputs, temporaries and gathered weights once; collectives use all
+('bound'); HBM moves arguments, outputs, temporaries and gathered weights once a micro-batch; collectives use all
 of a chip's links, or its share of the host's network across slices (DCN). Collectives that start
 and end apart overlap with all of that, others with nothing. Waiting, latencies, input and
 checkpoints are not counted."""
@@ -24,19 +24,19 @@ def describe(estimate, chip, budget=None, count=1, price=None):
          + ('it fits' if e.fits else f'DOES NOT FIT: {shortage(e)}'))
   for name, size in e.parts.items():
     if size:
-      yield f'  {name:24} {size / GIB:9.2f} GiB'
+      yield f'  {name:24} {measure(size / GIB, "GiB", "MiB", 1024)}'
   if e.fault:
     yield '  ' + advice(e)
     return
-  yield (f'  {"FLOPs a device":24} {e.executed / 1e12:9.1f} T executed, {e.useful / 1e12:.1f} T '
-         f'useful ({e.useful / max(e.executed, 1):.2f})')
+  yield (f'  {"FLOPs a device":24} {measure(e.executed / 1e12, "T", "G")} executed, '
+         f'{e.useful / max(e.executed, 1):.2f} of them useful')
   for each in e.wire:
     over = {'permute': 'neighbours', 'none': 'no axis'}.get(each.axes, each.axes)
-    yield (f'  {each.kind:24} {each.bytes / 1e9:9.2f} GB over {over}'
+    yield (f'  {each.kind:24} {measure(each.bytes / 1e9, "GB", "MB")} over {over}'
            f'{" (DCN)" if each.dcn else ""}, {each.runs} runs, '
            f'{"overlapped" if each.hidden else "exposed"}')
   for each in e.kernels:
-    yield f'  {each.kernel:24} {each.seconds:9.3f} s, {each.runs} runs, by {each.by}'
+    yield f'  {each.kernel:24} {measure(each.seconds, "s", "ms")}, {each.runs} runs, by {each.by}'
   yield from roofline(e, chip, budget, count, price)
   if not e.fits:
     yield '  ' + advice(e)
@@ -44,10 +44,11 @@ def describe(estimate, chip, budget=None, count=1, price=None):
 
 def roofline(e, chip, budget, count, price):
   """Lines about time and cost."""
-  dcn = f', DCN {e.dcn_s:.3f}' if e.dcn_s else ''
-  yield (f'  {"roofline":24} {e.seconds:9.3f} s: products {e.products_s:.3f} + kernels '
-         f'{e.kernels_s:.3f}, HBM {e.memory_s:.3f}, ICI {e.ici_s:.3f}{dcn} (of it '
-         f'{e.exposed_s:.3f} exposed); {e.serial_s:.3f} s if nothing overlaps')
+  dcn = f', DCN {e.dcn_s:.3g}' if e.dcn_s else ''
+  yield (f'  {"roofline":24} {measure(e.seconds, "s", "ms")} a step; in s: products '
+         f'{e.products_s:.3g} + kernels {e.kernels_s:.3g}, HBM {e.memory_s:.3g}, ICI '
+         f'{e.ici_s:.3g}{dcn}, of them {e.exposed_s:.3g} exposed; {e.serial_s:.3g} if nothing '
+         'overlaps')
   rate = e.tokens / e.seconds
   mfu = e.useful / (e.seconds * chip.flops / chip.devices)
   yield f'  {"at best":24} {rate:,.0f} tokens/s, MFU {mfu:.2f}'
@@ -57,6 +58,11 @@ def roofline(e, chip, budget, count, price):
     cost = f', {spent * price:,.0f} at {price} a chip-hour' if price else ''
     yield (f'  {f"{budget:.3g} tokens":24} at best {hours / 24:,.1f} days, {spent:,.0f} '
            f'chip-hours{cost}')
+
+
+def measure(value, unit, smaller, factor=1000):
+  """A number of nine columns with its unit, or the `smaller` one of which `factor` make one."""
+  return f'{value:9.2f} {unit}' if value >= 0.1 else f'{value * factor:9.2f} {smaller}'
 
 
 def shortage(e):

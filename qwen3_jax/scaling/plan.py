@@ -215,4 +215,4 @@ def hbm_traffic(program, memory, wire):
   """Bytes over HBM: arguments read, outputs written, temporaries and gathered weights both."""
   gathered = sum(each.bytes for each in wire if each.kind == 'all-gather')
   return (program.turns * memory['arguments'] + memory['outputs']
-          + 2 * program.turns * memory['temporaries'] + 2 * gathered)
+          + 2 * program.rounds * memory['temporaries'] + 2 * gathered)

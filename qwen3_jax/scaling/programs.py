@@ -30,7 +30,8 @@ PAGE, TURN = 128, 32  # of the engine on TPU: slots of a page, tokens of one cal
 class Program(NamedTuple):
   """`fn(*args)` jitted for `mesh`; tokens and useful FLOPs of one run over all its chips; bytes of
   its arguments on one device, by what they are; turns of its outer loop, where only its arguments
-  say them; `beside`, bytes of what else lies on the device while it runs."""
+  say them; `rounds`, how often its temporaries are filled; `beside`, bytes of what else lies on the
+  device while it runs."""
   name: str
   fn: object
   args: tuple
@@ -39,6 +40,7 @@ class Program(NamedTuple):
   parts: dict
   mesh: object
   turns: int = 1
+  rounds: int = 1
   beside: dict = {}
 
 
@@ -141,15 +143,18 @@ def update(config, spec, mesh, loss, batch, frozen=(), report=losses.report, mak
     flops, parts = spec.flops_per_token(config.data.length, frozen=True), {
       'frozen model': bytes_on_device(base)}
   state = abstract(jax.eval_shape(lambda: training.state_of(build(), optimizer)), mesh)
-  step = training.make_step(loss, optimizer, lambda step: 3e-4, config.get('micro_batches', 1),
-                            report, config.get('micro_rows'))
+  micro = config.get('micro_batches', 1)
+  if config.get('micro_rows'):
+    micro = config.data.batch // config.micro_rows
+  step = training.make_step(loss, optimizer, lambda step: 3e-4, micro, report)
   out = jax.tree.map(lambda x: x.sharding, state), None
   batch = abstract(batch, mesh)
   tokens = config.data.batch * config.data.length
   parts |= {'weights': bytes_on_device(state.params), 'optimizer': bytes_on_device(state.opt)}
   rest = bytes_on_device(batch) + bytes_on_device(frozen) - parts.get('frozen model', 0)
   return Program('update', jax.jit(step, donate_argnums=0, out_shardings=out),
-                 (state, batch, *frozen), tokens, tokens * flops, parts | {'batch': rest}, mesh)
+                 (state, batch, *frozen), tokens, tokens * flops, parts | {'batch': rest}, mesh,
+                 rounds=micro)
 
 
 def weights_in(config, spec, mesh, make=transformer.make):
@@ -241,4 +246,4 @@ def rollout(config, spec, mesh, held):
   args = (decoder, pool, state, *tables(B, -(-r.max_tokens // size), turn), np.int32(turn),
           np.int32(1), turn, sparse)
   return [first, Program(f'decode, {B} rows', decode.decode, args, B * turn,
-                         B * turn * spec.flops_per_token(held) / 3, parts, mesh, turn)]
+                         B * turn * spec.flops_per_token(held) / 3, parts, mesh, turn, turn)]

@@ -68,7 +68,8 @@ def test_the_text_says_what_was_found():
   text = '\n'.join(describe.describe(estimate(), chip, budget=1e9, count=8, price=2.0))
   for line in ('3.00 of 16.00 GiB of HBM a device, it fits',
                '4.00 GB over fsdp, 3 runs, overlapped', '1.00 GB over data (DCN), 1 runs, exposed',
-               '2.000 s, 4 runs, by schedule', '200 tokens/s',
+               '2.00 s, 4 runs, by schedule', '5.00 s a step', '0.80 of them useful',
+               '200 tokens/s',
                'at best 57.9 days, 11,111 chip-hours, 22,222 at 2.0'):
     assert line in text
   short = estimate(hbm=2**35)

@@ -104,3 +104,11 @@ def test_a_search_compiles_few_and_gives_the_fastest_that_fits_first(monkeypatch
   assert len(tried) == len(asked) == len(set(asked)) == 3
   assert [each.fits for _, each in tried] == sorted((each.fits for _, each in tried), reverse=True)
   assert [each.seconds for _, each in tried] == [6.0, 7.0, 8.0]
+
+
+def test_advice_names_settings_that_fit():
+  one = config('0.6b')
+  said = search.advise(one, 'v5e:2x2', 4, 1)
+  best = search.candidates(one, 'v5e:2x2', 4)[0]
+  assert said.endswith(' '.join(best.overrides)) and best.micro_batches > 1
+  assert 'take more' in search.advise(config('235b-a22b'), 'v5e:2x2', 4, 1)
