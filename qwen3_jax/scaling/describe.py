@@ -4,14 +4,14 @@ from qwen3_jax.scaling import verdict
 GIB = 2 ** 30
 
 ASSUMED = """\
-Exact: HBM, collectives and their bytes, kernels and FLOPs are those of the compiled program.
-An estimate is every time. Nothing here has run on a TPU. Products outside of kernels run at
-the chip's peak; kernels as long as the compiler's schedule of them says where it was scored
+HBM, collectives and their bytes, kernels and FLOPs are exact: those of the compiled program.
+Every time is an estimate: nothing here has run on a TPU. Products outside of kernels run at the
+chip's peak; kernels as long as the compiler's schedule of them says where it was scored
 ('schedule'; 'like': another shape was, time goes with FLOPs), else at the peak of FLOPs or HBM
-('bound'); HBM moves arguments, outputs, temporaries and gathered weights once a micro-batch; collectives use all
-of a chip's links, or its share of the host's network across slices (DCN). Collectives that start
-and end apart overlap with all of that, others with nothing. Waiting, latencies, input and
-checkpoints are not counted."""
+('bound'); HBM moves arguments, outputs, temporaries and gathered weights once a micro-batch;
+collectives use all of a chip's links, or its share of the host's network across slices (DCN).
+Collectives that start and end apart overlap with all of that, others with nothing. Waiting,
+latencies, input and checkpoints are not counted."""
 
 
 def describe(estimate, chip, budget=None, count=1, price=None):

@@ -15,7 +15,7 @@ from qwen3_jax.stages import load
 # Executed by useful FLOPs of a step, by what is computed again: all of the forward pass (8 of 6),
 # all but attention, next to nothing.
 AGAIN = {'full': 8 / 6, 'attention_out': 1.3, 'dots': 1.04, 'none': 1.0}
-# Compiled by libtpu 0.0.50, 0.6b took 56 and 104 GiB without recomputation, 42 and 79 by arithmetic.
+# libtpu 0.0.50 took 56 and 104 GiB for 0.6b without recomputation, arithmetic 42 and 79.
 SEEN = {'none': 1.35}
 SPARE = 0.9  # of the room: what arithmetic does not see
 MOST = 16  # ways to split experts, so that a token's copies go to few places
