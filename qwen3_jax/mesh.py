@@ -20,10 +20,11 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-AXES = ('data', 'fsdp', 'context', 'tensor')
+AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
-RULES = dict(B=('data', 'fsdp'), M=('data', 'fsdp'), R=('data', 'fsdp'), T=('context',),
-             D=('fsdp',), E=('fsdp',), N=('tensor',), K=('tensor',), F=('tensor',), V=('tensor',))
+ROWS = 'data', 'fsdp', 'expert'
+RULES = dict(B=ROWS, M=ROWS, R=ROWS, T=('context',), D=('fsdp', 'expert'), E=('expert', 'fsdp'),
+             N=('tensor',), K=('tensor',), F=('tensor',), V=('tensor',))
 
 
 def make_mesh(shape=None, devices=None):
@@ -70,7 +71,8 @@ def partition(names, shape, mesh, rules=None):
   """PartitionSpec of an array whose last axes are `names` (letters) and whose sizes are `shape`.
 
   Each mesh axis is used once, by the first letter that claims it; an axis that does not divide its
-  dimension is dropped, so that small models run on any mesh. Axes before the letters stay whole.
+  dimension is dropped, so that small models run on any mesh, and so is one of a single device. Axes
+  before the letters stay whole.
   """
   rules = RULES if rules is None else rules
   used, spec = set(), [None] * (len(shape) - len(names))
@@ -78,7 +80,7 @@ def partition(names, shape, mesh, rules=None):
     chosen = []
     for axis in rules.get(letter, ()):
       ways = math.prod(mesh.shape[a] for a in chosen) * mesh.shape.get(axis, 1)
-      if axis not in used and axis in mesh.shape and size % ways == 0:
+      if axis not in used and mesh.shape.get(axis, 1) > 1 and size % ways == 0:
         chosen.append(axis)
     used.update(chosen)
     spec.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
@@ -93,6 +95,11 @@ def shardings(tree, mesh, rules=None):
     names = names[-leaf.ndim:] if leaf.ndim else ''
     return NamedSharding(mesh, partition(names, leaf.shape, mesh, rules))
   return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def count_row_ways(mesh):
+  """Into how many parts a mesh splits a batch's rows."""
+  return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
 
 
 def is_alone():

@@ -14,16 +14,16 @@ def mesh():
 
 
 @pytest.mark.parametrize('shape, sizes', [
-    (None, (1, 4, 1, 1)), (dict(tensor=2), (1, 2, 1, 2)), (dict(data=4), (4, 1, 1, 1)),
-    (dict(context=2, fsdp=2), (1, 2, 2, 1))])
+    (None, (1, 4, 1, 1, 1)), (dict(tensor=2), (1, 2, 1, 1, 2)), (dict(data=4), (4, 1, 1, 1, 1)),
+    (dict(context=2, fsdp=2), (1, 2, 1, 2, 1)), (dict(expert=2), (1, 2, 2, 1, 1))])
 def test_fsdp_takes_the_devices_that_remain(shape, sizes):
   made = alphabet.make_mesh(shape)
   assert tuple(made.shape.items()) == tuple(zip(alphabet.AXES, sizes))
 
 
 def test_impossible_meshes_are_refused():
-  with pytest.raises(ValueError, match=r"mesh axes \['expert'\] do not exist"):
-    alphabet.make_mesh(dict(expert=2))
+  with pytest.raises(ValueError, match=r"mesh axes \['experts'\] do not exist"):
+    alphabet.make_mesh(dict(experts=2))
   with pytest.raises(ValueError, match='needs 3 devices, there are 4; change the sizes'):
     alphabet.make_mesh(dict(tensor=3))
   with pytest.raises(ValueError, match='needs 8 devices, there are 4'):
@@ -38,15 +38,25 @@ def test_letters_end_a_name(name, letters):
 
 
 @pytest.mark.parametrize('names, shape, spec', [
-    ('BTD', (4, 8, 6), P(('data', 'fsdp'), 'context', None)),  # fsdp is taken by the rows
+    ('BTD', (4, 8, 6), P('fsdp', None, None)),  # fsdp is taken by the rows
     ('DNH', (28, 6, 4, 8), P(None, 'fsdp', 'tensor', None)),  # stacked layers stay whole
     ('VD', (32, 6), P('tensor', 'fsdp')),
     ('EDF', (8, 6, 4), P('fsdp', None, 'tensor')),  # each axis once: D goes without
     ('VD', (31, 6), P(None, 'fsdp')),  # 31 does not divide
-    ('BT', (3, 8), P('data', 'context')),  # 3 rows over 1 x 2
+    ('BT', (3, 8), P(None, None)),  # 3 rows over 2
     ('D', (7,), P(None))])
 def test_partition(mesh, names, shape, spec):
   assert alphabet.partition(names, shape, mesh) == spec
+
+
+def test_experts_have_an_axis_of_their_own():
+  mesh = alphabet.make_mesh(dict(expert=2, fsdp=2))
+  for names, shape, spec in (
+      ('BT', (4, 8), P(('fsdp', 'expert'), None)), ('DNH', (6, 4, 8), P('fsdp', None, None)),
+      ('DF', (8, 4), P(('fsdp', 'expert'), None)), ('EDF', (8, 6, 4), P(('expert', 'fsdp'), None, None)),
+      ('EDF', (2, 6, 4), P('expert', 'fsdp', None))):  # no more experts to split
+    assert alphabet.partition(names, shape, mesh) == spec
+  assert alphabet.count_row_ways(mesh) == 4
 
 
 def test_rules_may_be_changed(mesh):
@@ -59,7 +69,7 @@ def test_shardings_follow_names(mesh):
       (3, 6, 4, 8))), plain=jnp.zeros((4, 4)))
   found = jax.tree.map(lambda s: s.spec, alphabet.shardings(tree, mesh))
   assert found['moments']['q_DNH'] == P(None, 'fsdp', 'tensor', None)
-  assert found['tokens_BT'] == P(('data', 'fsdp'), 'context')
+  assert found['tokens_BT'] == P('fsdp', None)
   assert not any(found['plain']) and not any(found['step'])
 
 

@@ -28,13 +28,19 @@ def fits(experts, chosen):
   return experts % (2 * SUBLANES) == 0 and experts <= LANES and chosen <= SUBLANES
 
 
-def plan(chosen_MX, experts, rows, interpret=None):
+def widen(experts):
+  """The least number of experts from this on that the kernels take; the rest are empty."""
+  return -(-experts // (2 * SUBLANES)) * 2 * SUBLANES
+
+
+def plan(chosen_MX, experts, rows, limit=None, interpret=None):
   """`experts.plan` in two kernels: ranks and bit words of tokens, then the token of each row."""
   M, X = chosen_MX.shape
   if not fits(experts, X):
     raise ValueError(f'{X} of {experts} experts: want at most {SUBLANES} of a multiple of '
                      f'{2 * SUBLANES} up to {LANES}; elsewhere use experts.plan')
-  total = -(-M * X // rows) * rows + experts * (rows - 1) // rows * rows
+  total = -(-(limit or M * X) // rows) * rows + experts * (rows - 1) // rows * rows
+  total += 0 if limit is None else rows
   needs = count_bytes(M, experts, total)
   if needs > target.vmem():
     raise ValueError(f'the plan of {M} tokens needs {needs} bytes of VMEM, this core has '
@@ -50,6 +56,8 @@ def plan(chosen_MX, experts, rows, interpret=None):
   slot_P, row = place_rows(chosen_MX, rank, tables, start_QE, count_QE, total, interpret)
   starts = jnp.arange(total // rows) * rows
   of_block = jnp.sum(end_E <= starts[:, None], -1)
+  if limit is not None:
+    row = jnp.where((chosen_MX >= 0) & (chosen_MX < experts), row, total - 1)
   return slot_P, row, count_E, jnp.minimum(of_block, experts - 1)
 
 

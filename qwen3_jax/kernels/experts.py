@@ -16,10 +16,11 @@ ROWS = 64  # rows of one CPU block in training; small batches use smaller ones
 UNROLL = 8  # blocks in one turn of the loop: what does not depend on each other runs at once
 
 
-def experts(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):
+def experts(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, limit=None):
   """sum over the chosen experts of gate * SwiGLU expert(x); (M, D). No token is ever dropped.
 
-  A token's chosen experts are different.
+  A token's chosen experts are different. With `limit`, ids that are no expert's (E, for example)
+  cost nothing, and there are at most `limit` others.
   """
   args = x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD
   if target.platform() == 'tpu':
@@ -27,10 +28,21 @@ def experts(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):
       parts = _parts(x_MD, gate_EDF)
     except ValueError as error:
       target.report('experts', 'ragged_dot', str(error))
-      return _ragged(*args)
+      return _ragged(*args, limit)
     target.report('experts', 'grouped kernels')
-    return _in_parts(parts, *args)
-  return jax.lax.platform_dependent(*args, cpu=_blocked, default=_ragged)
+    return _grouped(*args, limit) if parts == 1 else _in_parts(parts, *args)
+  return jax.lax.platform_dependent(*args, cpu=functools.partial(_blocked, limit=limit),
+                                    default=functools.partial(_ragged, limit=limit))
+
+
+def fits(x_MD, gate_EDF):
+  """Whether these tokens are one call of the kernels, or there are none for such weights."""
+  if target.platform() != 'tpu':
+    return True
+  try:
+    return _parts(x_MD, gate_EDF) == 1
+  except ValueError:
+    return True
 
 
 def _parts(x_MD, gate_EDF):
@@ -50,20 +62,20 @@ def _parts(x_MD, gate_EDF):
 def _in_parts(parts, x_MD, chosen_MX, gate_MX, *weights):
   M = len(x_MD)
   step = -(-M // parts)
-  outs = [_grouped(*(a[i:i + step] for a in (x_MD, chosen_MX, gate_MX)), *weights)
-          for i in range(0, M, step)]
-  return outs[0] if parts == 1 else jnp.concatenate(outs)
+  return jnp.concatenate([
+      _grouped(*(a[i:i + step] for a in (x_MD, chosen_MX, gate_MX)), *weights)
+      for i in range(0, M, step)])
 
 
-@jax.custom_vjp
-def _grouped(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _grouped(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, limit=None):
   """The kernels for TPU; elsewhere they are interpreted, for tests."""
-  return _grouped_forward(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, save=False)[0]
+  return _grouped_forward(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, limit, False)[0]
 
 
-def _grouped_forward(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, save=True):
+def _grouped_forward(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, limit, save=True):
   weights = gate_EDF, up_EDF, down_EFD
-  slot_P, row_MX, count_E, _ = plan(chosen_MX, len(gate_EDF), grouped_matmul.ALIGN)
+  slot_P, row_MX, count_E, _ = plan(chosen_MX, len(gate_EDF), grouped_matmul.ALIGN, limit)
   weight_P = jnp.take(gate_MX.reshape(-1), slot_P, mode='fill', fill_value=0)
   out = grouped_matmul.swiglu_down(x_MD, slot_P // chosen_MX.shape[1], weight_P, count_E, *weights,
                                    save=save)
@@ -71,28 +83,28 @@ def _grouped_forward(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, save=
   return y_MD, (x_MD, gate_MX, slot_P, row_MX, count_E, *weights, *saved)
 
 
-def _grouped_backward(saved, dy_MD):
-  dx_MD, dgate_MX, *weights = grouped_gradient.backward(saved, dy_MD)
+def _grouped_backward(limit, saved, dy_MD):
+  dx_MD, dgate_MX, *weights = grouped_gradient.backward(saved, dy_MD, spare=limit is not None)
   return dx_MD, None, dgate_MX, *weights
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _ragged(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):
-  slot_P, row_MX, count_E, _ = plan(chosen_MX, gate_EDF.shape[0], 1)
+def _ragged(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, limit=None):
+  slot_P, row_MX, count_E, _ = plan(chosen_MX, gate_EDF.shape[0], 1, limit)
   x_PD = _dispatch(x_MD, slot_P, row_MX)
   dot = functools.partial(jax.lax.ragged_dot, group_sizes=count_E)
   h_PF = jax.nn.silu(dot(x_PD, gate_EDF)) * dot(x_PD, up_EDF)
   return _combine(dot(h_PF, down_EFD), gate_MX, slot_P, row_MX)
 
 
-def _blocked(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD):
+def _blocked(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, limit=None):
   E = gate_EDF.shape[0]
   rows = ROWS
-  while rows > 1 and rows * E > chosen_MX.size:
+  while rows > 1 and rows * E > (limit or chosen_MX.size):
     rows //= 2
-  slot_P, row_MX, _, expert_of_block = plan(chosen_MX, E, rows)
+  slot_P, row_MX, _, expert_of_block = plan(chosen_MX, E, rows, limit)
   x_PD = _dispatch(x_MD, slot_P, row_MX)
   x_blocks = x_PD.reshape(-1, rows, x_PD.shape[-1])
   y_PD = _swiglu(x_blocks, gate_EDF, up_EDF, down_EFD, expert_of_block).reshape(x_PD.shape)
@@ -123,15 +135,22 @@ def count_rows(assignments, experts, rows):
   return -(-assignments // rows) * rows + experts * (rows - 1) // rows * rows
 
 
-def plan(chosen_MX, experts, rows):
+def plan(chosen_MX, experts, rows, limit=None):
   """Where each assignment goes when experts' groups are padded to multiples of `rows`.
 
   Returns slot_P (the assignment m * X + x of each row; M * X where the row is padding), row_MX
   (the row of each assignment), count_E (assignments of each expert) and the expert of each block
-  of rows. A token's chosen experts are different. On TPU `dispatch.plan` finds the same.
+  of rows. A token's chosen experts are different. With `limit`, ids that are no expert's get the
+  last row, which is padding then, and there are at most `limit` others. On TPU `dispatch.plan`
+  finds the same.
   """
-  if target.platform() == 'tpu' and dispatch.fits(experts, chosen_MX.shape[1]):
-    return dispatch.plan(chosen_MX, experts, rows)
+  if limit is not None:
+    here_MX = (chosen_MX >= 0) & (chosen_MX < experts)
+    chosen_MX = jnp.where(here_MX, chosen_MX, dispatch.widen(experts))
+  if target.platform() == 'tpu' and dispatch.fits(dispatch.widen(experts), chosen_MX.shape[1]):
+    slot_P, row_MX, count_E, of_block = dispatch.plan(chosen_MX, dispatch.widen(experts), rows,
+                                                      limit)
+    return slot_P, row_MX, count_E[:experts], jnp.minimum(of_block, experts - 1)
   A = chosen_MX.size
   flat_A = chosen_MX.reshape(-1)
   order_A = jnp.argsort(flat_A, stable=True)
@@ -141,9 +160,13 @@ def plan(chosen_MX, experts, rows):
   sorted_A = flat_A[order_A]
   row_A = (end_E - padded_E - jnp.cumsum(count_E) + count_E)[sorted_A] + jnp.arange(A)
   total = count_rows(A, experts, rows)
+  if limit is not None:
+    total = count_rows(limit, experts, rows) + rows
+    row_A = jnp.where(sorted_A < experts, row_A, total + jnp.arange(A))
   order_A, row_A = order_A.astype(jnp.int32), row_A.astype(jnp.int32)
-  slot_P = jnp.full(total, A, jnp.int32).at[row_A].set(order_A, unique_indices=True)
+  slot_P = jnp.full(total, A, jnp.int32).at[row_A].set(order_A, unique_indices=True, mode='drop')
   row_MX = jnp.zeros(A, jnp.int32).at[order_A].set(row_A, unique_indices=True)
+  row_MX = jnp.minimum(row_MX, total - 1)
   starts = jnp.arange(total // rows) * rows
   of_block = jnp.minimum(jnp.searchsorted(end_E, starts, side='right'), experts - 1)
   return slot_P, row_MX.reshape(chosen_MX.shape), count_E.astype(jnp.int32), of_block

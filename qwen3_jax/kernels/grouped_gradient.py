@@ -39,11 +39,12 @@ class Blocks(NamedTuple):
   inputs: int  # parts of D in the pass for dx
 
 
-def backward(residuals, dy_MD, *, blocks=None, interpret=None):
+def backward(residuals, dy_MD, *, spare=False, blocks=None, interpret=None):
   """(dx_MD, dgate_MX, dgate_EDF, dup_EDF, ddown_EFD) from the forward pass's residuals.
 
   These are x_MD, gate_MX, the plan's slot_P, row_MX and count_E for groups of whole ALIGN rows, the
-  three weights, and g_PF and u_PF, which may be anything after the last group.
+  three weights, and g_PF and u_PF, which may be anything after the last group. With `spare`, the
+  last row is no group's but that of choices which are no expert's.
   """
   x_MD, gate_MX, slot_P, row_MX, count_E, *weights, g_PF, u_PF = residuals
   fill = dict(axis=0, mode='fill', fill_value=0)
@@ -52,6 +53,8 @@ def backward(residuals, dy_MD, *, blocks=None, interpret=None):
   dx_PD, dweight_P, *dweights = rows_gradient(
       jnp.take(x_MD, token_P, **fill), jnp.take(dy_MD, token_P, **fill), g_PF, u_PF, weight_P,
       count_E, *weights, blocks=blocks, interpret=interpret)
+  if spare:
+    dx_PD, dweight_P = (a.at[-1].set(0) for a in (dx_PD, dweight_P))
   dx_MD = dx_PD[row_MX].astype(jnp.float32).sum(1).astype(x_MD.dtype)
   return dx_MD, dweight_P[row_MX].astype(gate_MX.dtype), *dweights
 

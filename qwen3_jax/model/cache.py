@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from qwen3_jax.kernels import paged_attention
 from qwen3_jax.kernels.attention import attention
-from qwen3_jax.mesh import constrain, partition
+from qwen3_jax.mesh import constrain, count_row_ways, partition
 
 
 @struct.dataclass
@@ -211,7 +211,7 @@ class Pool:
 def shards():
   """Into how many parts rows, and with them pages, are split under the mesh that is set."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else mesh.shape.get('data', 1) * mesh.shape.get('fsdp', 1)
+  return 1 if mesh.empty else count_row_ways(mesh)
 
 
 def _on_own_rows(f, taken, given):

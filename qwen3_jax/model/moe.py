@@ -8,8 +8,8 @@ from flax import nnx, struct
 from jax.sharding import PartitionSpec
 
 from qwen3_jax import mesh as alphabet
+from qwen3_jax.kernels import exchange, routing, target
 from qwen3_jax.kernels import experts as kernel
-from qwen3_jax.kernels import routing, target
 from qwen3_jax.kernels.linear import swiglu
 from qwen3_jax.model.lora import project
 
@@ -113,46 +113,59 @@ def _balance(logits_BTE, probability_BTE, routes_BTX, segment_BT):
 
 
 def _sharded_experts(x_BTD, routes_BTX, gate_BTX, gate_EDF, up_EDF, down_EFD):
-  """Experts on each device's own tokens; expert weights are gathered over E and summed over F."""
+  """Experts on each device's own tokens, summed over F.
+
+  Tokens go to the devices that have their experts where E is split over the axis `expert`; over
+  other axes the weights are gathered.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or math.prod(mesh.shape.values()) == 1:
-    return _flat_experts(x_BTD, routes_BTX, gate_BTX, gate_EDF, up_EDF, down_EFD)
+    return _flat_experts(kernel.experts, x_BTD, routes_BTX, gate_BTX, gate_EDF, up_EDF, down_EFD)
   rows = PartitionSpec(*alphabet.partition('BTD', x_BTD.shape, mesh)[:2], None)
   specs = [PartitionSpec(*alphabet.partition(names, w.shape, mesh))
            for names, w in (('EDF', gate_EDF), ('EDF', up_EDF), ('EFD', down_EFD))]
-  body = functools.partial(_gathered_experts, experts_axis=specs[0][0], width_axis=specs[0][2])
+  body = functools.partial(_local_experts, specs=specs)
   return jax.shard_map(body, in_specs=(rows, rows, rows, *specs), out_specs=rows, check_vma=False)(
       x_BTD, routes_BTX, gate_BTX, gate_EDF, up_EDF, down_EFD)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(w_EDF, axis):
-  """All experts' weights on every device."""
-  return jax.lax.all_gather(w_EDF, axis, axis=0, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(w, axes, dim):
+  """A weight whole in its dimension `dim`."""
+  return jax.lax.all_gather(w, axes, axis=dim, tiled=True)
 
 
-def _scatter_sum(axis, _, dw_EDF):
-  """Each device's experts' gradient, summed over devices in float32.
+def _scatter_sum(axes, dim, _, dw):
+  """Each device's part of a weight's gradient, summed over devices in float32.
 
   As an exchange and a local sum: of a `psum_scatter` XLA:TPU makes a whole all-reduce, which sends
   twice as much.
   """
-  devices = jax.lax.axis_size(axis)
-  parts = dw_EDF.reshape(devices, -1, *dw_EDF.shape[1:])
-  parts = jax.lax.all_to_all(parts, axis, 0, 0)
-  return parts.astype(jnp.float32).sum(0).astype(dw_EDF.dtype),
+  devices = math.prod(jax.lax.axis_size(axis) for axis in axes)
+  parts = dw.reshape(*dw.shape[:dim], devices, -1, *dw.shape[dim + 1:])
+  parts = jax.lax.all_to_all(jnp.moveaxis(parts, dim, 0), axes, 0, 0)
+  return parts.astype(jnp.float32).sum(0).astype(dw.dtype),
 
 
-_gather.defvjp(lambda w_EDF, axis: (_gather(w_EDF, axis), None), _scatter_sum)
+_gather.defvjp(lambda w, axes, dim: (_gather(w, axes, dim), None), _scatter_sum)
 
 
-def _gathered_experts(x_BTD, routes_BTX, gate_BTX, *weights, experts_axis, width_axis):
-  if experts_axis:
-    weights = [_gather(w, experts_axis) for w in weights]
-  y_BTD = _flat_experts(x_BTD, routes_BTX, gate_BTX, *weights)
-  return jax.lax.psum(y_BTD, width_axis) if width_axis else y_BTD
+def _local_experts(x_BTD, routes_BTX, gate_BTX, *weights, specs):
+  def axes(entry):
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+  run, exchanged, weights = kernel.experts, 'expert' in axes(specs[0][0]), list(weights)
+  if exchanged:
+    run = functools.partial(exchange.experts, axis='expert')
+  for i, names in enumerate(('EDF', 'EDF', 'EFD')):
+    for dim, letter in enumerate(names):
+      over = tuple(axis for axis in axes(specs[i][dim]) if not (exchanged and axis == 'expert'))
+      if over and letter != 'F':
+        weights[i] = _gather(weights[i], over, dim)
+  y_BTD = _flat_experts(run, x_BTD, routes_BTX, gate_BTX, *weights)
+  width_axes = axes(specs[0][2])
+  return jax.lax.psum(y_BTD, width_axes) if width_axes else y_BTD
 
 
-def _flat_experts(x_BTD, routes_BTX, gate_BTX, *weights):
+def _flat_experts(run, x_BTD, routes_BTX, gate_BTX, *weights):
   flat = [x.reshape(-1, x.shape[-1]) for x in (x_BTD, routes_BTX, gate_BTX)]
-  return kernel.experts(*flat, *weights).reshape(x_BTD.shape)
+  return run(*flat, *weights).reshape(x_BTD.shape)

@@ -2,7 +2,8 @@
 
 A loop's body is counted as often as the loop turns. Wire bytes, for one device and one run: what
 an all-gather puts together, what a reduce-scatter takes in, twice what an all-reduce sums (it is
-both), what an all-to-all or a permute sends.
+both), what an all-to-all or a permute sends. Of a ragged all-to-all the text knows the buffers
+only: its rows that leave the chip are those of an even routing (`kernels.exchange`).
 """
 import itertools
 import math
@@ -174,6 +175,8 @@ def wire(kind, shape, tail, opcode):
   if opcode.endswith('-start') and kind != 'all-reduce' and len(sizes) > 1:
     sizes = [max(sizes)] if kind != 'reduce-scatter' else [min(s for s in sizes if s)]
   size = sum(sizes)
+  if kind == 'ragged-all-to-all' and (leaving := re.search(r'leaving_(\d+)', tail)):
+    return size * int(leaving[1]) / int(_SHAPE.search(shape)[2].split(',')[0])
   if kind == 'reduce-scatter':
     return size * _group_size(tail)
   return 2 * size if kind == 'all-reduce' else size

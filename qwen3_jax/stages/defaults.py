@@ -42,7 +42,7 @@ def pretraining(stage, arg, tokens):
   config = ConfigDict(dict(
       stage=stage, method='pretrain', seed=0, init=None, model=_fields(spec),
       # None: of data one part a slice, of fsdp the devices that remain.
-      mesh=dict(data=None, fsdp=None, context=1, tensor=1),
+      mesh=dict(data=None, fsdp=None, expert=1, context=1, tensor=1),
       dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', micro_batches=1,
       xla=None,  # a preset of TPU compiler flags: scaling.flags
       balance=0.008 if spec.experts else None,  # global-batch weight (2501.11873): HF's 0.001 x 8

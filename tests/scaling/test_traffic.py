@@ -15,7 +15,7 @@ TEXT = (Path(__file__).parents[1] / 'fixtures/collectives.hlo').read_text()
 class Mesh:
   """fsdp 2 x tensor 2."""
   axis_names = alphabet.AXES
-  shape = dict(data=1, fsdp=2, context=1, tensor=2)
+  shape = dict(data=1, fsdp=2, expert=1, context=1, tensor=2)
   size = 4
 
 

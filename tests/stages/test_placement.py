@@ -45,7 +45,7 @@ def test_who_gets_which_devices():
 def test_meshes():
   devices = jax.devices()[:4]
   mesh, same = placement.place(shape=dict(tensor=2), devices=devices)
-  assert mesh is same and dict(mesh.shape) == dict(data=1, fsdp=2, context=1, tensor=2)
+  assert mesh is same and dict(mesh.shape) == dict(data=1, fsdp=2, expert=1, context=1, tensor=2)
   mesh, rollout = placement.place(shape=dict(fsdp=4), rollout_shape=dict(tensor=4), devices=devices)
   assert mesh.devices.size == rollout.devices.size == 4 and rollout.shape['tensor'] == 4
   mesh, rollout = placement.place('split', 0.5, shape=dict(tensor=2, fsdp=1), devices=devices)

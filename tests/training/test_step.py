@@ -19,7 +19,9 @@ from qwen3_jax.training import losses, optim
 from qwen3_jax.training import step as training
 
 LOSS = functools.partial(losses.next_token, balance=0.05, router_z=0.01)
-MESHES = [dict(fsdp=4), dict(tensor=2, fsdp=2), dict(data=2, fsdp=2)]
+MESHES = [dict(fsdp=4), dict(tensor=2, fsdp=2), dict(data=2, fsdp=2), dict(expert=4),
+          *(pytest.param(shape, marks=pytest.mark.slow) for shape in (
+            dict(expert=2, fsdp=2), dict(expert=2, tensor=2), dict(expert=2, context=2)))]
 
 
 def leaves(tree):
