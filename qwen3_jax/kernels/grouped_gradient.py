@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.kernels import blocks as table
-from qwen3_jax.kernels import target
+from qwen3_jax.kernels import row_sum, target
 from qwen3_jax.kernels.cost import cost
 
 ALIGN = 64  # rows; every expert's group begins and ends at a multiple
@@ -54,8 +54,10 @@ def backward(residuals, dy_MD, *, spare=False, blocks=None, interpret=None):
       jnp.take(x_MD, token_P, **fill), jnp.take(dy_MD, token_P, **fill), g_PF, u_PF, weight_P,
       count_E, *weights, blocks=blocks, interpret=interpret)
   if spare:
-    dx_PD, dweight_P = (a.at[-1].set(0) for a in (dx_PD, dweight_P))
-  dx_MD = dx_PD[row_MX].astype(jnp.float32).sum(1).astype(x_MD.dtype)
+    dweight_P = dweight_P.at[-1].set(0)
+    dx_MD = row_sum.sum_rows(dx_PD, token_P, len(x_MD), interpret)
+  else:
+    dx_MD = dx_PD[row_MX].astype(jnp.float32).sum(1).astype(x_MD.dtype)
   return dx_MD, dweight_P[row_MX].astype(gate_MX.dtype), *dweights
 
 

@@ -275,7 +275,7 @@ def _down_kernel(place_s, start_s, rows_s, after_s, h_hbm, down_ref, out_hbm, to
 
   @pl.when(e == 0)
   def _():
-    _clear(total)
+    rows.clear(total)
     tail[...] = jnp.zeros_like(tail)
     state[0] = state[1] = 0
 
@@ -348,15 +348,6 @@ def _multiply_down(h_ref, down_ref, y, room, columns, waiting, add, same):
     if not same:
       add(span, after)
     after = _nothing(product)
-
-
-def _clear(ref):
-  """Zeros whole pieces of an array; nobody reads what is left over."""
-  def turn(i, _):
-    ref[pl.ds(pl.multiple_of(i * rows.PIECE, rows.PIECE), rows.PIECE)] = jnp.zeros(
-        (rows.PIECE, rows.LANES), ref.dtype)
-    return 0
-  jax.lax.fori_loop(0, ref.shape[0] // rows.PIECE, turn, 0)
 
 
 def _blank(tile, live, heights):

@@ -8,7 +8,7 @@ from flax import nnx, struct
 from jax.sharding import PartitionSpec
 
 from qwen3_jax import mesh as alphabet
-from qwen3_jax.kernels import exchange, routing, target
+from qwen3_jax.kernels import expert_parallel, routing, target
 from qwen3_jax.kernels import experts as kernel
 from qwen3_jax.kernels.linear import swiglu
 from qwen3_jax.model.lora import project
@@ -155,7 +155,7 @@ def _local_experts(x_BTD, routes_BTX, gate_BTX, *weights, specs):
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
   run, exchanged, weights = kernel.experts, 'expert' in axes(specs[0][0]), list(weights)
   if exchanged:
-    run = functools.partial(exchange.experts, axis='expert')
+    run = functools.partial(expert_parallel.experts, axis='expert')
   for i, names in enumerate(('EDF', 'EDF', 'EFD')):
     for dim, letter in enumerate(names):
       over = tuple(axis for axis in axes(specs[i][dim]) if not (exchanged and axis == 'expert'))

@@ -3,7 +3,7 @@
 A loop's body is counted as often as the loop turns. Wire bytes, for one device and one run: what
 an all-gather puts together, what a reduce-scatter takes in, twice what an all-reduce sums (it is
 both), what an all-to-all or a permute sends. Of a ragged all-to-all the text knows the buffers
-only: its rows that leave the chip are those of an even routing (`kernels.exchange`).
+only: its rows that leave the chip are those of an even routing (`kernels.expert_parallel`).
 """
 import itertools
 import math

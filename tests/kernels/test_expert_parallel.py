@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen3_jax import mesh as alphabet
-from qwen3_jax.kernels import exchange, reference
+from qwen3_jax.kernels import expert_parallel, reference
 from qwen3_jax.model import moe
 
 B, T, X, E, D, F = 4, 24, 3, 8, 16, 8
@@ -60,8 +60,8 @@ def compare(got, want):
 @pytest.mark.parametrize('kind', ROUTES)
 def test_every_mesh_in_several_turns(kind, shape, monkeypatch):
   """Blocks of a few tokens, in turns of fewer rows and choices than an even routing needs."""
-  monkeypatch.setattr(exchange, 'ROWS', 32)
-  monkeypatch.setattr(exchange, 'SLACK', 0.7)
+  monkeypatch.setattr(expert_parallel, 'ROWS', 32)
+  monkeypatch.setattr(expert_parallel, 'SLACK', 0.7)
   chosen, arrays = make(kind)
   compare(run_sharded(shape, chosen, arrays), value_and_gradients(meaning, chosen, *arrays))
 
@@ -81,18 +81,18 @@ def test_rows_that_no_axis_divides():
 def test_buffers_do_not_grow_with_the_routing():
   """Four devices, a layer of 30b-a3b: a turn's rows are few, and all buffers are of this size."""
   gate_EDF = jax.ShapeDtypeStruct((32, 2048, 768), jnp.bfloat16)
-  sizes = exchange.choose(16384, 8, 4, gate_EDF, jnp.bfloat16)
-  assert sizes.block * 4 * (1 - .75 ** 8) <= 4 * sizes.rows <= exchange.ROWS
+  sizes = expert_parallel.choose(16384, 8, 4, gate_EDF, jnp.bfloat16)
+  assert sizes.block * 4 * (1 - .75 ** 8) <= 4 * sizes.rows <= expert_parallel.ROWS
   assert sizes.choices < 1.3 * sizes.block * 8 / 4
   assert sizes.leaving == round(3 * (1 - .75 ** 8) * sizes.block)
 
 
 def test_turns_are_as_many_as_the_routing_needs():
   mesh = alphabet.make_mesh(dict(expert=4, fsdp=1))
-  sizes = exchange.Sizes(block=16, rows=6, choices=8, leaving=0)
+  sizes = expert_parallel.Sizes(block=16, rows=6, choices=8, leaving=0)
 
   def count(chosen_MX):
-    return exchange._count_turns(chosen_MX, 2, sizes, 'expert')
+    return expert_parallel._count_turns(chosen_MX, 2, sizes, 'expert')
   chosen = np.tile(np.arange(64)[:, None] * 2 % 8, (1, 2)) + [0, 1]  # pairs, evenly over devices
   run = jax.jit(jax.shard_map(count, mesh=mesh, in_specs=PartitionSpec('expert'),
                               out_specs=PartitionSpec(), check_vma=False))
