@@ -75,3 +75,25 @@ def test_each_assignment_has_a_row_of_its_expert():
   np.testing.assert_array_equal(slot[row], np.arange(M * X).reshape(M, X))
   assert (slot < M * X).sum() == M * X  # the other rows are padding
   np.testing.assert_array_equal(of_block[row // 4], chosen)
+
+
+def elsewhere():
+  """`routes('even')` where every third choice is no expert here, and how many are."""
+  chosen = np.array(routes('even'))
+  chosen.reshape(-1)[::3] = np.resize([E, -1, 5 * E], chosen.reshape(-1)[::3].shape)
+  return jnp.asarray(chosen), int(((chosen >= 0) & (chosen < E)).sum())
+
+
+@pytest.mark.parametrize('function', [kernel._blocked, kernel._ragged])
+def test_choices_of_no_expert_cost_nothing(function):
+  x, gate, *weights, out = make_weights()
+  chosen, limit = elsewhere()
+  here = (chosen >= 0) & (chosen < E)
+  got = value_and_gradients(functools.partial(function, limit=limit), chosen, x, gate, *weights, out)
+  want = value_and_gradients(lambda x, _, gate, *w: reference.experts(
+    x, jnp.where(here, chosen, 0), jnp.where(here, gate, 0), *w), chosen, x, gate, *weights, out)
+  for name, a, b in zip(('y', 'dx', 'dgate', 'dg', 'du', 'dd'), got, want):
+    np.testing.assert_allclose(a, b, atol=5e-5, err_msg=name)
+  slot, row, count, _ = map(np.asarray, kernel.plan(chosen, E, 4, limit))
+  assert len(slot) == kernel.count_rows(limit, E, 4) + 4 and count.sum() == limit
+  assert (row[~np.asarray(here)] == len(slot) - 1).all() and slot[-1] == M * X

@@ -135,6 +135,25 @@ def test_gradients(monkeypatch):
       np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=f'{kind}: {name}')
 
 
+@pytest.mark.slow
+def test_choices_of_no_expert_cost_nothing(monkeypatch):
+  monkeypatch.setattr(kernel, 'Blocks', lambda: SPLIT)
+  monkeypatch.setattr(row_sum, 'TILE', 16)
+  x, gate, *weights = make(jnp.float32)
+  out = jax.random.normal(jax.random.key(3), x.shape)
+  chosen = routes('even')
+  here = chosen != 2
+  chosen, limit = jnp.where(here, chosen, E), int(here.sum())
+
+  def plain(x, chosen, gate, *weights):
+    return reference.experts(x, jnp.where(here, chosen, 0), jnp.where(here, gate, 0), *weights)
+  got, want = (jax.jit(jax.grad(lambda x, gate, *weights, f=f: jnp.sum(
+    out * f(x, chosen, gate, *weights)), range(5)))(x, gate, *weights)
+               for f in (functools.partial(experts._grouped, limit=limit), plain))
+  for name, a, b in zip(('dx', 'dgate', 'dg', 'du', 'dd'), got, want):
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=name)
+
+
 def test_vmem_is_refused_with_the_numbers():
   with pytest.raises(ValueError, match='experts_gate_up needs .* MiB .* 65536 tokens .* splits'):
     kernel.check(65536, 2048, 768, jnp.bfloat16, kernel.Blocks(gate_splits=6))

@@ -92,6 +92,16 @@ def test_plan_equals_the_sorted_plan(kind, tokens, experts_, chosen, rows, monke
     np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+def test_plan_leaves_out_choices_of_no_expert(monkeypatch):
+  monkeypatch.setattr(dispatch, 'GROUPS', 8)
+  chosen_MX = make_routes('even', 600, 48, 4) - 8  # a third are these 16's
+  limit = int(((chosen_MX >= 0) & (chosen_MX < 16)).sum())
+  got = jax.jit(dispatch.plan, static_argnums=(1, 2, 3))(chosen_MX, 16, 64, limit)
+  want = experts.plan(chosen_MX, 16, 64, limit)
+  for name, a, b in zip(('slot_P', 'row_MX', 'count_E', 'expert_of_block'), got, want):
+    np.testing.assert_array_equal(a, b, err_msg=name)
+
+
 def test_what_does_not_fit_is_refused(monkeypatch):
   with pytest.raises(ValueError, match='9 of 32 experts: want at most 8 of a multiple of 8'):
     routing.route(make_logits('plain'), jnp.ones(M), 9, True)

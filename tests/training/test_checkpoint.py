@@ -18,7 +18,9 @@ import pytest
 from flax import nnx, struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwen3_jax.training import checkpoint, preemption
+from qwen3_jax import mesh as alphabet
+from qwen3_jax.training import checkpoint, optim, preemption
+from qwen3_jax.training import step as training
 from qwen3_jax.training.checkpoint import Checkpoints, find_fault, restore_subtree
 
 
@@ -107,6 +109,27 @@ def test_state_moves_to_another_mesh(tmp_path):
       np.testing.assert_array_equal(state['x'], x_DF)
     checkpoints.save(i, {'x': jax.device_put(x_DF, sharding)}, {}, {})
     checkpoints.close()
+
+
+def test_a_mixture_moves_to_an_expert_axis(specs, models, tmp_path):
+  """From fsdp=4 to expert=4 and back to one device: equal weights and moments, laid out anew."""
+  state = training.state_of(models['moe'], optim.adamw())
+  want = jax.tree.map(np.asarray, state)
+  for step, shape in enumerate((dict(fsdp=4), dict(expert=4), None)):
+    mesh = None if shape is None else alphabet.make_mesh(shape)
+    layout = jax.tree.map(lambda x: None, state) if mesh is None else alphabet.shardings(state, mesh)
+    checkpoints = Checkpoints(tmp_path)
+    if step:
+      _, state, _ = checkpoints.restore(jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout))
+    else:
+      state = jax.device_put(state, layout)
+    assert_equal(jax.tree.map(np.asarray, state), want)
+    checkpoints.save(step, state, {}, {})
+    checkpoints.close()
+    if mesh:
+      axis = next(iter(shape))
+      assert state.params.stacks[0].mlp.gate_EDF.sharding.spec == PartitionSpec(None, axis, None, None)
 
 
 def test_subtree_is_restored_alone_and_cast(filled):
