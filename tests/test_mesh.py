@@ -53,7 +53,8 @@ def test_experts_have_an_axis_of_their_own():
   mesh = alphabet.make_mesh(dict(expert=2, fsdp=2))
   for names, shape, spec in (
       ('BT', (4, 8), P(('fsdp', 'expert'), None)), ('DNH', (6, 4, 8), P('fsdp', None, None)),
-      ('DF', (8, 4), P(('fsdp', 'expert'), None)), ('EDF', (8, 6, 4), P(('expert', 'fsdp'), None, None)),
+      ('DF', (8, 4), P(('fsdp', 'expert'), None)),
+      ('EDF', (8, 6, 4), P(('expert', 'fsdp'), None, None)),
       ('EDF', (2, 6, 4), P('expert', 'fsdp', None))):  # no more experts to split
     assert alphabet.partition(names, shape, mesh) == spec
   assert alphabet.count_row_ways(mesh) == 4

@@ -71,9 +71,9 @@ def _forward(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, axis):
       sent, y_LD = carry
       trip = _plan(chosen_LX, sent, experts, sizes, axis)
       chosen_RX, gate_RX = _send_choices(trip, chosen_LX, gate_LX, experts, axis)
-      y_RD = kernel.experts(_send(trip, x_LD, sizes, axis), chosen_RX, gate_RX.astype(gate_LX.dtype),
+      y_RD = kernel.experts(_send(trip, x_LD, axis), chosen_RX, gate_RX.astype(gate_LX.dtype),
                             *weights, limit=ways * sizes.choices)
-      return trip.sent, y_LD + _collect(trip, _return(trip, y_RD, sizes, axis))
+      return trip.sent, y_LD + _collect(trip, _return(trip, y_RD, axis))
     start = _nothing_sent(ways), jnp.zeros(x_LD.shape, jnp.float32)
     return None, jax.lax.fori_loop(0, turns, turn, start)[1].astype(x_LD.dtype)
   turns = _count_turns(chosen_MX, experts, sizes, axis)
@@ -98,9 +98,9 @@ def _backward(axis, saved, dy_MD):
       def run(x_RD, gate_RX, *weights):
         return kernel.experts(x_RD, chosen_RX, gate_RX.astype(gate_LX.dtype), *weights,
                               limit=ways * sizes.choices)
-      x_RD, dy_RD = (_send(trip, a, sizes, axis) for a in (x_LD, dy_LD))
+      x_RD, dy_RD = (_send(trip, a, axis) for a in (x_LD, dy_LD))
       dx_RD, dgate_RX, *more = jax.vjp(run, x_RD, gate_RX, *weights)[1](dy_RD)
-      dx_LD += _collect(trip, _return(trip, dx_RD, sizes, axis))
+      dx_LD += _collect(trip, _return(trip, dx_RD, axis))
       dgate_LX += _collect(trip, _swap(dgate_RX, ways, axis))
       return trip.sent, dx_LD, dgate_LX, [a + b.astype(jnp.float32) for a, b in zip(dweights, more)]
     start = (_nothing_sent(ways), *(jnp.zeros(a.shape, jnp.float32) for a in (x_LD, gate_LX)),
@@ -217,13 +217,13 @@ def _swap(few_RX, ways, axis):
   return jax.lax.all_to_all(few_WXC, axis, 0, 0).swapaxes(1, 2).reshape(few_RX.shape)
 
 
-def _send(trip, x_LD, sizes, axis):
+def _send(trip, x_LD, axis):
   """The rows that this device receives, C from each; 0 where there is none."""
   return _move(_take(x_LD, trip.token_WC.reshape(-1)), trip.send_W, trip.receive_W, trip.leaving,
                axis)
 
 
-def _return(trip, y_RD, sizes, axis):
+def _return(trip, y_RD, axis):
   """The rows that come back, in the places that the tokens were sent from."""
   return _move(y_RD, trip.receive_W, trip.send_W, trip.leaving, axis)
 

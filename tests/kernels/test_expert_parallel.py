@@ -1,4 +1,4 @@
-"""Experts split over devices equal their plain meaning, however lopsided the routing: nothing is lost."""
+"""Experts split over devices equal their plain meaning: whatever the routing, nothing is lost."""
 import functools
 
 import jax
@@ -15,15 +15,15 @@ B, T, X, E, D, F = 4, 24, 3, 8, 16, 8
 MESHES = [dict(expert=4, fsdp=1), dict(expert=2, fsdp=2), dict(expert=2, fsdp=1, tensor=2),
           dict(expert=2, fsdp=1, context=2)]
 ROUTES = {
-    'random': lambda n: (np.random.default_rng(0).permuted(np.tile(np.arange(E), (n, 1)), axis=1)[:, :X]),
-    'all to one device': lambda n: np.stack([0 * np.arange(n), 1 + 0 * np.arange(n)], 1),
-    'empty experts': lambda n: np.stack([np.arange(n) % 2, 5 + np.arange(n) % 2], 1),
-    'one hot device': lambda n: np.stack([np.where(np.arange(n) % 9, 6, 3), 7 + 0 * np.arange(n)], 1)}
+    'random': lambda n: np.argsort(np.random.default_rng(0).random((len(n), E)), 1)[:, :X],
+    'all to one device': lambda n: np.stack([0 * n, 1 + 0 * n], 1),
+    'empty experts': lambda n: np.stack([n % 2, 5 + n % 2], 1),
+    'one hot device': lambda n: np.stack([np.where(n % 9, 6, 3), 7 + 0 * n], 1)}
 
 
 def make(kind):
   """(chosen experts (B, T, X), [x, gates, the three weights, dy])."""
-  chosen = jnp.asarray(ROUTES[kind](B * T), jnp.int32).reshape(B, T, -1)
+  chosen = jnp.asarray(ROUTES[kind](np.arange(B * T)), jnp.int32).reshape(B, T, -1)
   shapes = (B, T, D), chosen.shape, (E, D, F), (E, D, F), (E, F, D), (B, T, D)
   keys = jax.random.split(jax.random.key(1), len(shapes))
   return chosen, [jax.random.normal(key, shape) / 2 for key, shape in zip(keys, shapes)]
@@ -31,8 +31,8 @@ def make(kind):
 
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(function, chosen, x, gate, gate_EDF, up_EDF, down_EFD, dy):
-  y, pull = jax.vjp(lambda x, gate, *weights: function(x, chosen, gate, *weights), x, gate, gate_EDF,
-                    up_EDF, down_EFD)
+  y, pull = jax.vjp(lambda x, gate, *weights: function(x, chosen, gate, *weights), x, gate,
+                    gate_EDF, up_EDF, down_EFD)
   return y, *pull(dy)
 
 
@@ -56,7 +56,8 @@ def compare(got, want):
     np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize('shape', MESHES, ids=str)
+@pytest.mark.parametrize('shape', [
+    MESHES[0], *(pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES[1:])], ids=str)
 @pytest.mark.parametrize('kind', ROUTES)
 def test_every_mesh_in_several_turns(kind, shape, monkeypatch):
   """Blocks of a few tokens, in turns of fewer rows and choices than an even routing needs."""

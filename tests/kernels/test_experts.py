@@ -89,7 +89,8 @@ def test_choices_of_no_expert_cost_nothing(function):
   x, gate, *weights, out = make_weights()
   chosen, limit = elsewhere()
   here = (chosen >= 0) & (chosen < E)
-  got = value_and_gradients(functools.partial(function, limit=limit), chosen, x, gate, *weights, out)
+  got = value_and_gradients(functools.partial(function, limit=limit), chosen, x, gate, *weights,
+                            out)
   want = value_and_gradients(lambda x, _, gate, *w: reference.experts(
     x, jnp.where(here, chosen, 0), jnp.where(here, gate, 0), *w), chosen, x, gate, *weights, out)
   for name, a, b in zip(('y', 'dx', 'dgate', 'dg', 'du', 'dd'), got, want):

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qwen3_jax.kernels import experts, grouped_gradient, reference
+from qwen3_jax.kernels import experts, grouped_gradient, reference, row_sum
 from qwen3_jax.kernels import grouped_matmul as kernel
 
 M, E, X, D, F = 75, 5, 2, 512, 256

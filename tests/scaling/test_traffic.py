@@ -29,6 +29,7 @@ def test_a_text_by_hand():
   assert found['all-reduce.9'] == ('reduce-scatter', 'tensor', 1, 4 * 64 * 8)
   assert found['reduced'] == ('all-reduce', 'fsdp', 1, 2 * 40)
   assert found['moved'] == ('collective-permute', 'permute', 1, 20)
+  assert found['tokens'] == ('ragged-all-to-all', 'tensor', 1, 12 * 16 * 2)  # not its 40 rows
   assert found['named'] == ('all-gather', 'tensor', 1, 24)
 
 

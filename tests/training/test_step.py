@@ -146,18 +146,29 @@ def unsharded(specs, models, draw_batch):
   return run
 
 
-@pytest.mark.parametrize('mesh_shape', MESHES, ids=str)
-@pytest.mark.parametrize('name', ['dense', 'moe'])
-def test_sharded_equals_unsharded(specs, models, draw_batch, unsharded, name, mesh_shape):
-  compiled, mesh, written = compile_step(specs[name], mesh_shape, 8, 24)
-  assert 'rematerialization' not in written, written
-  want_state, want = unsharded(name)
-  got_state, got = train(compiled, mesh, models[name], draw_batch())
+def assert_close(trained, wanted):
+  (got_state, got), (want_state, want) = trained, wanted
   for a, b in zip(got, want):
     for key in b:
       np.testing.assert_allclose(a[key], b[key], rtol=2e-5, atol=1e-6, err_msg=key)
   for a, b in zip(leaves(got_state), leaves(want_state), strict=True):
     np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+@pytest.mark.slow
+def test_micro_batches_on_an_expert_axis(specs, models, draw_batch):
+  trained, wanted = (train(*compile_step(specs['moe'], shape, 8, 24, 2)[:2], models['moe'],
+                           draw_batch()) for shape in (dict(expert=2, fsdp=2), None))
+  assert_close(trained, wanted)
+
+
+@pytest.mark.parametrize('mesh_shape', MESHES, ids=str)
+@pytest.mark.parametrize('name', ['dense', 'moe'])
+def test_sharded_equals_unsharded(specs, models, draw_batch, unsharded, name, mesh_shape):
+  compiled, mesh, written = compile_step(specs[name], mesh_shape, 8, 24)
+  assert 'rematerialization' not in written, written
+  got_state, got = train(compiled, mesh, models[name], draw_batch())
+  assert_close((got_state, got), unsharded(name))
   embed = got_state.params.embed_VD[...]
   assert embed.sharding.shard_shape(embed.shape) != embed.shape
   moment = got_state.opt[1].mu.embed_VD[...]
