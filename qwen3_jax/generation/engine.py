@@ -29,7 +29,7 @@ from qwen3_jax.generation.rows import Output, Request, Row
 from qwen3_jax.generation.sampling import Sampling, Settings
 from qwen3_jax.generation.scheduler import Scheduler
 from qwen3_jax.mesh import is_alone, shardings
-from qwen3_jax.model.cache import shards
+from qwen3_jax.model.cache import Pool, shards
 from qwen3_jax.text.template import render
 
 __all__ = ['Decoder', 'Engine', 'Output', 'Request', 'generate', 'prepare', 'stream']
@@ -37,6 +37,7 @@ __all__ = ['Decoder', 'Engine', 'Output', 'Request', 'generate', 'prepare', 'str
 SLOTS = 64  # the fewest positions a call is compiled for
 PIECE = 512  # tokens of one text that are prefilled at once, at most
 TOKENS = 4096  # tokens of all texts that are prefilled at once, at most
+ROOM = 2 ** 26  # bytes of pages to begin with on CPU: engines of any number of rows share programs
 USUAL = 256  # tokens of an answer that room is made for at once, lest the pool grows step by step
 GROUP = 32  # rows of one call where pages are copied: texts of like length, few slots read in vain
 DEAD = 8  # one in so many rows that ended, and waiting texts take their places
@@ -68,6 +69,10 @@ class Engine:
     self.threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count()) if is_alone() else None
     self.count = -(-pages // self.shards) + 1 if self.fixed else 1 + 2 * self.rows
     self.load(model, version)
+    if not self.fixed and not self.paged:
+      spec, dtype = self.decoder.model.spec, np.dtype(self.decoder.model.embed_VD.dtype)
+      page = jax.tree.leaves(jax.eval_shape(lambda: Pool.make(spec, 1, self.page, dtype)))
+      self.count = max(self.count, ROOM // sum(x.size * x.dtype.itemsize for x in page))
 
   def load(self, model, version=None):
     """Draws with `model` (or a `Decoder`) from now on; outputs carry `version`.
