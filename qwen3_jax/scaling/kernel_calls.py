@@ -47,7 +47,7 @@ def read(text):
       operands = re.search(r'operand_layout_constraints=\{(.*?\})\}', step.tail)
       flops, size = (_estimate(step.tail, key) for key in ('flops', 'bytes_accessed'))
       found.append(Call(re.match(r'[a-z_]+[a-z]', step.name)[0], shape_of(operands[1]), step.runs,
-                        flops, size or size_of(operands[1]) + size_of(step.shape), step.branch))
+                        flops, size or sum(traffic.sizes(operands[1] + step.shape)), step.branch))
   return found
 
 
@@ -56,12 +56,6 @@ def shape_of(operands):
   return ', '.join(f'{kind} {"x".join(dims.split(",")[1:])}'
                    for kind, dims in _ARRAY.findall(operands)
                    if dims.count(',') and kind not in ('s32', 'u32', 'pred'))
-
-
-def size_of(shapes):
-  """Bytes of all arrays in a text of shapes."""
-  return sum(traffic.SIZES.get(kind, 0) * math.prod(int(d) for d in dims.split(',') if d)
-             for kind, dims in _ARRAY.findall(shapes))
 
 
 def _estimate(tail, key):

@@ -167,8 +167,9 @@ def estimate(program, chip, generation, say=print, folder=None):
                     **numbers)
   calls = [call._replace(runs=call.runs * program.turns)
            for call in kernel_calls.read(found.text)]
+  slices = len({getattr(device, 'slice_index', 0) for device in mesh.devices.flat})
   peak, bandwidth = chip.flops * share, chip.bandwidth * share
-  wire = sum_wire(traffic.read(found.text, mesh), program)
+  wire = sum_wire(traffic.read(found.text, mesh, slices), program)
   sent = {dcn: sum(each.bytes for each in wire if each.dcn == dcn) for dcn in (False, True)}
   exposed = sum(each.bytes / ((chip.dcn if each.dcn else chip.ici) * share)
                 for each in wire if not each.hidden)
@@ -193,22 +194,12 @@ def parts_of(program, memory):
 
 def sum_wire(rows, program):
   """[Wire], the largest first, from [traffic.Collective]."""
-  across, total = crossing(program.mesh), collections.defaultdict(lambda: (0, 0.0))
+  total = collections.defaultdict(lambda: (0, 0.0))
   for each in rows:
-    key = each.kind, each.axes, each.hidden, bool(across & set(each.axes.split('+')))
+    key = each.kind, each.axes, each.hidden, each.axes == 'slices'
     runs = each.runs * program.turns
     total[key] = total[key][0] + runs, total[key][1] + runs * each.bytes
   return sorted((Wire(*key, *value) for key, value in total.items()), key=lambda each: -each.bytes)
-
-
-def crossing(mesh):
-  """The mesh axes along which devices are of several slices."""
-  found = set()
-  for i, axis in enumerate(mesh.axis_names):
-    rows = mesh.devices.swapaxes(0, i).reshape(mesh.devices.shape[i], -1)
-    if any(len({getattr(d, 'slice_index', 0) for d in column}) > 1 for column in rows.T):
-      found.add(axis)
-  return found
 
 
 def hbm_traffic(program, memory, wire):

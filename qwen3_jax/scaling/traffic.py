@@ -49,10 +49,16 @@ class Step(NamedTuple):
   branch: tuple | None
 
 
-def read(text, mesh):
-  """[Collective] of a compiled program's text (`compiled.as_text()`) on `mesh`."""
-  groups, found = partitions(mesh), []
+def read(text, mesh, slices=1):
+  """[Collective] of a compiled program's text (`compiled.as_text()`) on `mesh`.
+
+  Of a mesh over several slices the text is one slice's program: what crosses them it sends through
+  a runtime of its own, and its axes are 'slices'.
+  """
+  groups, found = partitions(mesh, slices), []
   for step in walk(text):
+    if step.opcode == 'send' and '"xla_megascale_runtime"' in step.tail:
+      found.append(_between(step, slices))
     kind = next((k for k in KINDS if step.opcode in (k, f'{k}-start')), None)
     if not kind:
       continue
@@ -73,7 +79,7 @@ def walk(text):
       shape, opcode, tail = _parse(rest)
       yield Step(name, instruction, shape, opcode, tail, runs, branch)
       if opcode == 'while':
-        turns = count_turns(tail, computations)
+        turns = count_turns(tail, computations, name)
         yield from visit(_name(tail, 'body'), runs * turns, inside, branch)
       elif opcode == 'conditional':
         for i, called in enumerate(_branches(tail)):
@@ -84,6 +90,15 @@ def walk(text):
           if called and called not in inside:
             yield from visit(called, runs, inside | {called}, branch)
   return visit(entry, 1, frozenset(), None)
+
+
+def _between(step, slices):
+  """A collective of slices: bytes that a device sends in a ring of them."""
+  kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', step.tail)
+  kind = kind[1].lower().replace('_', '-') if kind else 'send'
+  size, times = next(sizes(step.shape), 0), 2 if kind == 'all-reduce' else 1
+  return Collective(kind, 'slices', step.runs, times * size * (slices - 1) / slices, step.name,
+                    True)
 
 
 def _branches(tail):
@@ -128,10 +143,11 @@ def _name(tail, key):
   return match and match[1]
 
 
-def count_turns(tail, computations):
-  """How often a while loop turns: as the compiler noted, else by its counter, limit and step.
+def count_turns(tail, computations, inside=None):
+  """How often a while loop of the computation `inside` turns.
 
-  Counters start at 0 in what XLA makes of scans and of products that gather as they go.
+  As the compiler noted, else by its counter, limit and step, and the constant that the counter
+  begins with, if it is one: where a loop's first turn was taken out before it, it is 1.
   """
   if noted := re.search(r'known_trip_count"?:\{"n":"(\d+)"', tail):
     return int(noted[1])
@@ -142,8 +158,23 @@ def count_turns(tail, computations):
   limit = next((limits[name] for name in _operands(compare) if name in limits), 1)
   counter = next((re.search(r'index=(\d+)', condition[name]) for name in _operands(compare)
                   if 'get-tuple-element' in condition.get(name, '')), None)
-  body = dict(computations.get(_name(tail, 'body'), ()))
-  return max(1, -(-limit // _step(body, int(counter[1]) if counter else 0)))
+  body, place = dict(computations.get(_name(tail, 'body'), ())), int(counter[1]) if counter else 0
+  around = dict(computations.get(inside, ()))
+  given = re.match(r'%([\w.\-]+)', tail)
+  first = _operands(around.get(given[1], '')) if given else []
+  start = _constant(around, first[place]) if place < len(first) else 0
+  return max(1, -(-(limit - start) // _step(body, place)))
+
+
+def _constant(around, name):
+  """The number that an instruction gives, copied or not; 0 where that is not said."""
+  while rest := around.get(name):
+    if found := re.search(r'[su]32\[\][^ ]* constant\((\d+)\)', rest):
+      return int(found[1])
+    if ' copy(' not in rest and ' bitcast(' not in rest:
+      break
+    name = _operands(rest)[0]
+  return 0
 
 
 def _step(body, index):
@@ -170,16 +201,21 @@ def _operands(rest):
 
 def wire(kind, shape, tail, opcode):
   """Bytes of one run."""
-  sizes = [SIZES.get(name, 0) * math.prod(int(d) for d in dims.split(',') if d)
-           for name, dims in _SHAPE.findall(shape)]
-  if opcode.endswith('-start') and kind != 'all-reduce' and len(sizes) > 1:
-    sizes = [max(sizes)] if kind != 'reduce-scatter' else [min(s for s in sizes if s)]
-  size = sum(sizes)
+  found = list(sizes(shape))
+  if opcode.endswith('-start') and kind != 'all-reduce' and len(found) > 1:
+    found = [max(found)] if kind != 'reduce-scatter' else [min(s for s in found if s)]
+  size = sum(found)
   if kind == 'ragged-all-to-all' and (leaving := re.search(r'leaving_(\d+)', tail)):
     return size * int(leaving[1]) / int(_SHAPE.search(shape)[2].split(',')[0])
   if kind == 'reduce-scatter':
     return size * _group_size(tail)
   return 2 * size if kind == 'all-reduce' else size
+
+
+def sizes(shapes):
+  """Bytes of each array in a text of shapes."""
+  for name, dims in _SHAPE.findall(shapes):
+    yield SIZES.get(name, 0) * math.prod(int(d) for d in dims.split(',') if d)
 
 
 def _group_size(tail):
@@ -208,10 +244,13 @@ def members(tail):
   return frozenset(frozenset(map(int, row)) for row in ids.reshape(int(iota[1]), int(iota[2])))
 
 
-def partitions(mesh):
-  """{groups of devices: axes} of every set of mesh axes; devices by their place in the mesh."""
-  axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
-  return {_groups(dict(mesh.shape), chosen): '+'.join(chosen)
+def partitions(mesh, slices=1):
+  """{groups of devices: axes} of every set of mesh axes; devices by their place in the mesh, which
+  is one slice's part of it."""
+  sizes = dict(mesh.shape)
+  sizes['data'] //= slices
+  axes = [axis for axis in mesh.axis_names if sizes[axis] > 1]
+  return {_groups(sizes, chosen): '+'.join(chosen)
           for count in range(1, len(axes) + 1) for chosen in itertools.combinations(axes, count)}
 
 

@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ |= dict(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
+os.environ |= dict(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1',
+                   TPU_WORKER_HOSTNAMES='localhost', TPU_ACCELERATOR_TYPE='v5p-8')
 
 import jax  # noqa: E402
 import kernels  # noqa: E402  (beside this file)
@@ -98,8 +99,9 @@ def calls(topology, file, builder, kwargs):
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[:1]
   mesh = alphabet.make_mesh(dict(fsdp=1), devices)
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  with jax.set_mesh(mesh):
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask which chip it is
     built = getattr(kernels.load(file), builder)(**kwargs)
+  with jax.set_mesh(mesh):
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
                         built['args'])
     return kernel_calls.read(jax.jit(built['fn']).lower(*args).compile().as_text())

@@ -47,3 +47,24 @@ def test_a_compiled_program():
 def test_text_that_is_none():
   with pytest.raises(ValueError, match='no ENTRY'):
     traffic.read('hello', Mesh)
+
+
+def test_what_crosses_slices_and_what_stays_in_one():
+  """The text is one slice's: its groups are of that slice's devices."""
+  class Slices(Mesh):
+    shape = dict(data=2, fsdp=2, context=1, tensor=2)
+  found = {each.name: each for each in traffic.read(TEXT, Slices, slices=2)}
+  assert found['sent'][:4] == ('all-reduce', 'slices', 1, 4 * 64 * 8)  # 2 (2 - 1) / 2 of it
+  assert found['reduced'].axes == 'fsdp' and found['gathered'].axes == 'fsdp+tensor'
+  assert found['sent'].hidden and not found['reduced'].hidden and found['gathered'].hidden
+
+
+@pytest.mark.parametrize('start, turns', [('constant(0)', 7), ('constant(1)', 6),
+                                          ('parameter(3)', 7)])
+def test_a_loop_counts_from_what_its_counter_begins_with(start, turns):
+  """Where the first turn was peeled off, the counter begins at 1."""
+  text = TEXT.replace('  %loop = ', f"""  %begin = s32[]{{:T(128)}} {start}
+  %copied = s32[]{{:T(128)}} copy(%begin)
+  %first = (s32[], bf16[4,8]{{1,0}}) tuple(%copied, %x)
+  %loop = """).replace('while(%init)', 'while(%first)', 1)
+  assert [each.runs for each in traffic.read(text, Mesh) if each.name == 'gathered'] == [turns, 3]
