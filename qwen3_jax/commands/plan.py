@@ -27,7 +27,9 @@ NO_ROOM = 3
 INTERRUPTED = 130
 ALONE = {  # the compiler without a TPU: nothing is asked of a cloud, nor complained about
   'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5p-8'}
+  'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5p-8',
+  # JAX cannot read back what it keeps of these; `verdict` does, whatever line a kernel stands in.
+  'JAX_ENABLE_COMPILATION_CACHE': 'false', 'JAX_TRACEBACK_IN_LOCATIONS_LIMIT': '0'}
 
 
 def add_arguments(parser):
