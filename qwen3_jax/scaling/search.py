@@ -120,11 +120,11 @@ def seconds_of(spec, config, chip, mesh, remat, micro, count):
   tensor, context, expert = mesh['tensor'], mesh['context'], mesh.get('expert', 1)
   passes = 2 if remat == 'none' else 3  # forward, again, backward
   dense, routed = weights_of(spec)
-  held = (dense + routed / expert) / tensor
-  wire = micro * held * (2 * passes + 4)  # gathers in bfloat16, sums in float32
-  if expert > 1:  # a token goes once to each part that has one of its experts, and comes back
-    copies = min(spec.chosen, expert) * (expert - 1) / expert
-    wire += 2 * passes * spec.layers * tokens * copies * spec.width * 2
+  wire = micro * dense / tensor * (2 * passes + 4)  # gathers in bfloat16, sums in float32
+  wire += micro * routed / expert / tensor * (2 * 2 + 2)  # gathered twice; sums in bfloat16
+  if expert > 1:  # a token goes once to each other part that has one of its experts: expected
+    copies = (expert - 1) * (1 - (1 - 1 / expert) ** spec.chosen)
+    wire += 5 * spec.layers * tokens * copies * spec.width * 2  # there and back, there, both back
   if tensor > 1:
     wire += 2 * passes * 2 * spec.layers * tokens * tensor * spec.width * 2
   if context > 1:

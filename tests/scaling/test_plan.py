@@ -114,3 +114,18 @@ def test_no_program_of_a_stage_does_less_than_is_useful(config, names, capsys):
 def configs_spec():
   from qwen3_jax.stages import load
   return load.spec_from(configs.load_config('configs/s1.py:tiny', []).model)
+
+
+@pytest.mark.slow
+def test_slices_reduce_within_each_before_they_meet(capsys):
+  """What a device sends to the other slice is its shard of the gradients, not all of them."""
+  pytest.importorskip('libtpu', reason='LIBTPU ABSENT: pip install jax[tpu] brings the compiler')
+  arguments = ['plan', '--config=configs/s1.py:tiny', '--topology=v5e:2x2', '--slices=2', '--json',
+               '--config.data.batch=8']
+  assert main(arguments) == 0
+  (update,) = json.loads(capsys.readouterr().out)
+  crossing = sum(each['bytes'] for each in update['wire'] if each['dcn'])
+  shard = 4 * configs_spec().parameters() / 4  # in float32, of a slice's four devices
+  assert 0.8 * shard < crossing < 4 * shard
+  assert update['dcn_s'] == pytest.approx(crossing / chips.CHIPS['v5e'].dcn)
+  assert {each['axes'] for each in update['wire']} <= {'fsdp', 'slices', 'none', 'permute'}

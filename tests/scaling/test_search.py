@@ -112,3 +112,20 @@ def test_advice_names_settings_that_fit():
   best = search.candidates(one, 'v5e:2x2', 4)[0]
   assert said.endswith(' '.join(best.overrides)) and best.micro_batches > 1
   assert 'take more' in search.advise(config('235b-a22b'), 'v5e:2x2', 4, 1)
+
+
+def test_experts_are_split_where_that_moves_less():
+  """Gathering 30 billion parameters of experts on each chip takes longer than sending tokens."""
+  found = search.candidates(config('30b-a3b', batch=128), 'v5p:4x4x2', 32)
+  chip, spec = chips.CHIPS['v5p'], configs_spec('30b-a3b')
+  def seconds(expert):
+    mesh = dict(data=1, fsdp=32 // expert, context=1, tensor=1, expert=expert)
+    slow = chip._replace(ici=chip.ici / 100)  # where the interconnect decides
+    return search.seconds_of(spec, config('30b-a3b', batch=128), slow, mesh, 'full', 1, 32)
+  assert seconds(4) < seconds(1)
+  assert {dict(each.mesh)['expert'] for each in found} > {1, 4}
+
+
+def configs_spec(size):
+  from qwen3_jax.spec import Spec
+  return Spec.named(size)

@@ -52,7 +52,7 @@ def test_text_that_is_none():
 def test_what_crosses_slices_and_what_stays_in_one():
   """The text is one slice's: its groups are of that slice's devices."""
   class Slices(Mesh):
-    shape = dict(data=2, fsdp=2, context=1, tensor=2)
+    shape = Mesh.shape | dict(data=2)
   found = {each.name: each for each in traffic.read(TEXT, Slices, slices=2)}
   assert found['sent'][:4] == ('all-reduce', 'slices', 1, 4 * 64 * 8)  # 2 (2 - 1) / 2 of it
   assert found['reduced'].axes == 'fsdp' and found['gathered'].axes == 'fsdp+tensor'
