@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from qwen3_jax import mesh as alphabet
@@ -22,6 +23,7 @@ from qwen3_jax.kernels import (
 
 SHORTEST = 128  # tokens of one device below which a kernel's blocks would be mostly padding
 WIDTHS = 64, 128  # of heads, in the kernels
+OUT = 'attention_out'  # by this name a policy of recomputation keeps what attention gives
 MASK = 8192 * 8192  # most entries of the mask that cuDNN reads for one row
 
 
@@ -126,7 +128,10 @@ def _flash_forward(split, q, k, v, segment_BT, segment_BS, start, bound):
   taken, given = _specs(split)
   o, saved = _on_mesh(functools.partial(_local_forward, split), taken, given)(
     q, k, v, segment_BT, segment_BS, start, bound)
-  return o, (saved, start)
+  *inputs, own_o, lse = saved
+  o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, OUT)
+  own_o = checkpoint_name(own_o, OUT) if split.own and split.time else o  # in another order, or o
+  return o, ((*inputs, own_o, lse), start)
 
 
 def _flash_backward(split, saved, do):

@@ -129,8 +129,8 @@ def _in_kernels(hidden_BTD, head_VD, weight_BT, teacher_BTD, teacher_VD, *, sett
     return total, *values
   d_hidden, d_head = head_pair.gradient(sides, pair, weight_M, **options)
   d_hidden = jax.lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
-  return (total, *values, d_hidden.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape),
-          head.reduce(d_head, width_axes, token_axes).astype(dtype))
+  d_hidden = d_hidden.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape)
+  return (total, *values, *head.reduce(d_hidden, d_head, width_axes, token_axes, dtype))
 
 
 def expm1(x):
@@ -193,4 +193,5 @@ def over_chunks(slope, hidden_BTD, head_VD, weight_BT, *of_tokens, temperature, 
   values = [head.from_chunks(x, *shape) for x in values]
   if not gradients:
     return total, *values
-  return total, *values, head.reduce(d_head, width_axes, token_axes).astype(dtype)
+  return (total, *values[:-1],
+          *head.reduce(values[-1], d_head, width_axes, token_axes, dtype))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from qwen3_jax import mesh as alphabet
-from qwen3_jax.kernels import head_gradient, head_kept, head_tpu
+from qwen3_jax.kernels import exchange, head_gradient, head_kept, head_tpu
 
 TOKENS = 1024  # tokens of one chunk on one device
 UNROLLED = 4  # chunks; fewer are no loop (XLA:CPU runs a loop's body on one thread)
@@ -109,8 +109,7 @@ def sharded(local, layout, hidden_BTD, head_VD, *of_tokens, other_VD=None):
     return local(hidden_BTD, head_VD, *of_tokens, *others)
   rows = alphabet.partition('BT', hidden_BTD.shape[:2], mesh)
   head, *other = (alphabet.partition('VD', x.shape, mesh) for x in (head_VD, *others))
-  def axes(entry):
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+  axes = exchange.axes_of
   body = functools.partial(local, vocab_axes=axes(head[0]), width_axes=axes(head[1]),
                            token_axes=axes(rows[0]) + axes(rows[1]))
   if others:
@@ -143,7 +142,7 @@ def _local(hidden_BTD, head_VD, target_BT, weight_BT, *bonus, gradients=False, t
   if not gradients:
     return total
   d_hidden, d_head = found
-  return total, (d_hidden, reduce(d_head, width_axes, token_axes).astype(dtype))
+  return total, reduce(d_hidden, d_head, width_axes, token_axes, dtype)
 
 
 def _over_chunks(hidden_BTD, *of_tokens, gradients, **options):
@@ -223,18 +222,20 @@ def _local_values(hidden_BTD, head_VD, target_BT, temperature, size, entropy, no
 
 def gather(head_VD, dtype, vocab_axes, width_axes):
   """The device's rows of the head at full width, and the number of the first of them."""
-  if width_axes:
-    head_VD = jax.lax.all_gather(head_VD, width_axes, axis=1, tiled=True)
-  first = jax.lax.axis_index(vocab_axes) * head_VD.shape[0] if vocab_axes else 0
-  return head_VD.astype(dtype), first
+  head_VD = exchange.gather(head_VD.astype(dtype), width_axes, 1)
+  return head_VD, jax.lax.axis_index(vocab_axes) * head_VD.shape[0] if vocab_axes else 0
 
 
-def reduce(d_head_VD, width_axes, token_axes):
-  """The sum over all devices' tokens of the gradient of what `gather` gave, this device's part."""
-  if width_axes:
-    d_head_VD = jax.lax.psum_scatter(d_head_VD, width_axes, scatter_dimension=1, tiled=True)
+def reduce(d_hidden_BTD, d_head_VD, width_axes, token_axes, dtype):
+  """d_hidden, and the sum over all devices' tokens of the gradient of what `gather` gave, in parts.
+
+  In `dtype`, which is what is sent. The sum is done when d_hidden goes on: no layer's backward pass
+  finds the whole gradient in memory.
+  """
+  d_head_VD = exchange.scatter_sum(d_head_VD.astype(dtype), width_axes, 1)
   rest = tuple(axis for axis in token_axes if axis not in width_axes)
-  return jax.lax.psum(d_head_VD, rest) if rest else d_head_VD
+  d_head_VD = jax.lax.psum(d_head_VD, rest) if rest else d_head_VD
+  return jax.lax.optimization_barrier((d_hidden_BTD, d_head_VD.astype(dtype)))
 
 
 def in_chunks(x_BT):

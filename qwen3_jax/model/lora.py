@@ -117,12 +117,12 @@ def pair_names(weight, inner):
 
 def project(module, weight, x, inner=1):
   """x times the module's weight of that name, plus x A B where an adapter of it is attached."""
-  y = linear(x, getattr(module, weight)[...].astype(x.dtype), inner)
+  y = linear(x, getattr(module, weight)[...], inner, letters(weight))
   pairs, (a, b) = getattr(module, 'lora', None), pair_names(weight, inner)
   if not hasattr(pairs, a):
     return y
-  low = linear(x, getattr(pairs, a)[...].astype(x.dtype), inner)
-  return y + linear(low, getattr(pairs, b)[...].astype(x.dtype))
+  low = linear(x, getattr(pairs, a)[...], inner)
+  return y + linear(low, getattr(pairs, b)[...])
 
 
 def attach(base, adapters):

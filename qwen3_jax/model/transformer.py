@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
 
+from qwen3_jax.kernels.attention import OUT
+from qwen3_jax.kernels.embedding import look_up
 from qwen3_jax.mesh import constrain, shardings
 from qwen3_jax.model import rope
 from qwen3_jax.model.attention import Attention, rms_norm
@@ -16,11 +18,16 @@ from qwen3_jax.model.moe import Balance, Mlp, Moe
 UNROLLED = 8  # layers; a shorter stack is no loop (XLA:CPU runs a loop's body on one thread)
 
 FLOAT32 = ('router_DE', 'reward_D')  # and the norms: parameters that are never rounded
-POLICIES = {  # what the backward pass finds saved; the rest of a layer is computed again
-    'none': None,  # no recomputation
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    'attention_out': jax.checkpoint_policies.save_only_these_names('attention_out'),
+_save = jax.checkpoint_policies
+POLICIES = {  # what of a layer the backward pass finds saved beside its input
+    'none': None,  # everything
+    'full': _save.nothing_saveable,
+    'attention_out': _save.save_only_these_names(OUT),  # what attention gives, and its projection
+    'dots': _save.save_from_both_policies(  # and every projection: no product is computed again
+        _save.dots_with_no_batch_dims_saveable, _save.save_only_these_names(OUT)),
+    'offload': _save.save_and_offload_only_these_names(  # nothing, and the input is with the host
+        names_which_can_be_saved=[], names_which_can_be_offloaded=['block_in'],
+        offload_src='device', offload_dst='pinned_host'),
 }
 
 
@@ -52,9 +59,10 @@ class Block(nnx.Module):
     self.mlp = (Moe if sparse else Mlp)(spec, rngs)
 
   def __call__(self, x_BTD, spec, context, kv=None, routes=None):
+    x_BTD = checkpoint_name(x_BTD, 'block_in')
     a_BTD = rms_norm(x_BTD, self.attention_norm_D[...], spec.norm_eps)
     a_BTD, kv = self.attention(a_BTD, spec, context, kv)
-    x_BTD = x_BTD + checkpoint_name(a_BTD, 'attention_out')
+    x_BTD = x_BTD + checkpoint_name(a_BTD, OUT)
     m_BTD = rms_norm(x_BTD, self.mlp_norm_D[...], spec.norm_eps)
     m_BTD, balance, routes = self.mlp(m_BTD, spec, context, routes)
     return constrain(x_BTD + m_BTD, 'BTD'), kv, balance, routes
@@ -100,8 +108,7 @@ class Qwen3(nnx.Module):
     context = Context(rotation, segment_BT)
     if cache is not None:
       context = context.replace(segment_BS=cache.mark(segment_BT), start=cache.length)
-    table_VD = constrain(self.embed_VD[...].astype(dtype), '..')
-    x_BTD = constrain(table_VD[tokens_BT], 'BTD')
+    x_BTD = constrain(look_up(self.embed_VD[...], tokens_BT, dtype), 'BTD')
     if cache is None:
       x_BTD, balance, routes = self._scanned(x_BTD, context, routes, remat)
     else:
