@@ -45,6 +45,10 @@ def pretraining(stage, arg, tokens):
       mesh=dict(data=None, fsdp=None, expert=1, context=1, tensor=1),
       dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', micro_batches=1,
       xla=None,  # a preset of TPU compiler flags: scaling.flags
+      # The type in which a device sends its share of a matrix's gradient; sums are float32. A sum of
+      # shares in bfloat16 is off by at most 2^-8 of the sum of their absolute values; where each
+      # has noise of its own, by at most 2^-8 of the sum's.
+      gradients='float32' if small else 'bfloat16',
       balance=0.008 if spec.experts else None,  # global-batch weight (2501.11873): HF's 0.001 x 8
       router_z=0.001 if spec.experts else None,
       # Adapters of a frozen model where a rank is given. With alpha 32 a good learning rate hardly
@@ -54,8 +58,10 @@ def pretraining(stage, arg, tokens):
       steps=tokens // (rows * 4096), save_every=1000, keep=3, evaluate_every=1000,
       data=dict(sources=None, weights=(), heldout=(), batch=rows, length=4096, length_mix=None,
                 heldout_batches=8, tokenizer=None, tokenizer_size=2048 if small else None),
-      optim=dict(schedule='constant', peak_lr=peak, warmup=2000, final=0.1, decay=0.2, b1=0.9,
-                 b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)), type_safe=False)
+      # kind: adamw or muon; moments: float32, bfloat16 or factored. See training/optim.py.
+      optim=dict(kind='adamw', moments='float32', schedule='constant', peak_lr=peak, warmup=2000,
+                 final=0.1, decay=0.2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)),
+      type_safe=False)
   config.model.rope_theta = 1e4  # S3 raises it
   if small:
     config.update(dict(save_every=50, evaluate_every=50, data=dict(length=256, heldout_batches=4)))

@@ -48,8 +48,10 @@ def run(config, workdir, tokenizer):
   def cast(params):
     return transformer.cast(params, dtype) if dtype != jnp.float32 else params
 
+  lent = stage.make_cast(config)
+
   def loss(params, batch, head_VD=None):
-    return distillation.loss(cast(params), batch, head_VD, settings, size=tokenizer.size,
+    return distillation.loss(lent(params), batch, head_VD, settings, size=tokenizer.size,
                              remat=config.remat, dtype=dtype, balance=config.balance or 0.0,
                              router_z=config.router_z or 0.0)
 

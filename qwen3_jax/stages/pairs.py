@@ -3,7 +3,6 @@ import re
 
 from qwen3_jax import mesh as alphabet
 from qwen3_jax.data import mixture, packing, preferences
-from qwen3_jax.model import transformer
 from qwen3_jax.stages import load, pretrain
 from qwen3_jax.stages import run as stage
 from qwen3_jax.stages.sft import count_steps, describe
@@ -26,10 +25,10 @@ def open_pairs(config, tokenizer):
 
 def bind(config, loss, **options):
   """loss(params, batch) of a config: compute type, recomputation, balance terms, `options`."""
-  dtype = stage.compute_dtype(config)
+  dtype, cast = stage.compute_dtype(config), stage.make_cast(config)
 
   def bound(params, batch):
-    return loss(transformer.cast(params, dtype), batch, remat=config.remat, dtype=dtype,
+    return loss(cast(params), batch, remat=config.remat, dtype=dtype,
                 balance=config.balance or 0.0, router_z=config.router_z or 0.0, **options)
   return bound
 

@@ -3,24 +3,21 @@ import functools
 import json
 import re
 
-import jax.numpy as jnp
 from etils import epath
 
 from qwen3_jax import mesh as alphabet
 from qwen3_jax.data import mixture, packing, sources, weighting
-from qwen3_jax.model import transformer
 from qwen3_jax.stages import load
-from qwen3_jax.stages.run import check_vocabulary, compute_dtype, train
+from qwen3_jax.stages.run import check_vocabulary, compute_dtype, make_cast, train
 from qwen3_jax.training import losses
 
 
 def make_loss(config):
   """loss(params, batch) of a config: compute type, recomputation, balance terms."""
-  dtype = compute_dtype(config)
+  dtype, cast = compute_dtype(config), make_cast(config)
 
   def loss(params, batch):
-    params = transformer.cast(params, dtype) if dtype != jnp.float32 else params
-    return losses.next_token(params, batch, remat=config.remat, dtype=dtype,
+    return losses.next_token(cast(params), batch, remat=config.remat, dtype=dtype,
                              balance=config.balance or 0.0, router_z=config.router_z or 0.0)
   return loss
 

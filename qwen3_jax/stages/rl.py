@@ -32,8 +32,10 @@ def run(config, workdir, tokenizer):
   def cast(params):
     return transformer.cast(params, dtype) if dtype != jnp.float32 else params
 
+  lent = stage.make_cast(config)
+
   def loss(params, batch):
-    return policy.loss(cast(params), batch, settings, size=tokenizer.size, remat=config.remat,
+    return policy.loss(lent(params), batch, settings, size=tokenizer.size, remat=config.remat,
                        dtype=dtype, balance=config.balance or 0.0, router_z=config.router_z or 0.0)
 
   p, shape = config.placement, {axis: size for axis, size in config.mesh.items() if size}

@@ -34,7 +34,7 @@ def train(config, workdir, *, spec, loss, open_loader, heldout=None, make=transf
   """
   mesh = mesh or alphabet.make_mesh({axis: size for axis, size in config.mesh.items() if size})
   o = config.optim
-  optimizer = optim.adamw(o.b1, o.b2, o.eps, o.weight_decay, o.clip)
+  optimizer = make_optimizer(o)
   rate = optim.schedule(o.schedule, o.peak_lr, config.steps, o.warmup, o.final, o.decay)
   with (jax.set_mesh(mesh), contextlib.closing(open_loader(mesh)) as loader,
         contextlib.closing(Checkpoints(workdir / 'checkpoints', config.keep)) as checkpoints):
@@ -136,12 +136,32 @@ def check_vocabulary(tokenizer, spec):
                      'the embedding must have a row for each')
 
 
+def make_optimizer(o):
+  """The optimizer of a config's section `optim`."""
+  return optim.make(o.kind, o.b1, o.b2, o.eps, o.weight_decay, o.clip, o.moments)
+
+
+TYPES = 'float32', 'bfloat16'
+
+
 def compute_dtype(config):
-  """The type of activations and matmuls; ValueError for a dtype or remat that does not exist."""
-  for field, known in (('dtype', ('float32', 'bfloat16')), ('remat', transformer.POLICIES)):
+  """The type of activations and matmuls; ValueError where a setting of the step does not exist."""
+  for field, known in (('dtype', TYPES), ('gradients', TYPES), ('remat', transformer.POLICIES)):
     if config[field] not in known:
       raise ValueError(f'config.{field} is {config[field]!r}; want one of {", ".join(known)}')
   return jnp.dtype(config.dtype)
+
+
+def make_cast(config):
+  """cast(params), the weights as a loss takes them.
+
+  A gradient has its weight's type, and is sent from device to device in it
+  (`kernels.exchange.scatter_sum`). So with `config.gradients` 'bfloat16' matrices are cast before
+  they are used; with 'float32' where they are used, and gathered in the compute type all the same.
+  """
+  if 'float32' in (config.dtype, config.gradients):
+    return lambda params: params
+  return functools.partial(transformer.cast, dtype=jnp.bfloat16)
 
 
 def gather_cursor(state):

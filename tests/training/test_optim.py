@@ -1,6 +1,7 @@
-"""AdamW against optax's own, what decays, and the schedules' shapes."""
+"""AdamW and Muon against optax's own, the types of their state, and the schedules' shapes."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from qwen3_jax import mesh as alphabet
 from qwen3_jax.model import transformer
 from qwen3_jax.spec import Spec
 from qwen3_jax.training import optim
+from qwen3_jax.training.checkpoint import Checkpoints
 
 DECAYED = {'embed_VD', 'head_VD', 'q_DNH', 'k_DKH', 'v_DKH', 'o_NHD', 'gate_DF', 'up_DF', 'down_FD',
            'router_DE', 'gate_EDF', 'up_EDF', 'down_EFD'}
@@ -74,6 +77,133 @@ def test_clipping_is_by_the_norm_of_all(toy):
     _, state = run(optim.adamw(b1=0.75, clip=clip), weights, grads[:1], [0.1])
     for m, g in zip(jax.tree.leaves(state[1].mu), jax.tree.leaves(grads[0]), strict=True):
       np.testing.assert_allclose(m, 0.25 * scale * g, rtol=1e-5)
+
+
+def test_moments_in_bfloat16_stay_within_their_bound(toy):
+  """Kept rounded, computed in float32: off by 2^-8 / (1 - b) of the largest that they were."""
+  weights, grads = toy
+  many = [jax.tree.map(lambda g, i=i: g * (1 + 0.3 * i), grads[i % 3]) for i in range(12)]
+  rounded, exact = (optim.adamw(clip=1e9, moments=kind) for kind in ('bfloat16', 'float32'))
+  (_, got), (_, want) = (run(each, weights, many) for each in (rounded, exact))
+  largest = [0 * np.abs(x) for x in jax.tree.leaves((want[1].mu, want[1].nu))]
+  for count in range(1, 13):
+    _, state = run(exact, weights, many[:count])
+    largest = [np.maximum(x, np.abs(y)) for x, y in zip(
+      largest, jax.tree.leaves((state[1].mu, state[1].nu)))]
+  bounds = [b for b in (0.9, 0.95) for _ in jax.tree.leaves(weights)]
+  for (path, a), b, top, decay in zip(
+      jax.tree_util.tree_leaves_with_path((got[1].mu, got[1].nu)),
+      jax.tree.leaves((want[1].mu, want[1].nu)), largest, bounds, strict=True):
+    assert a.dtype == (jnp.bfloat16 if name_of(path) in DECAYED else jnp.float32)
+    assert (np.abs(np.float32(a) - b) <= 1.01 * 2 ** -8 / (1 - decay) * top + 1e-7).all()
+
+
+def test_factored_moments_are_adams_where_squares_are_of_rank_one(toy):
+  """Signs are free: only the squares must be a product. Layers and experts have their own."""
+  weights, _ = toy
+  rng = np.random.default_rng(5)
+
+  def rank_one(path, w):
+    if name_of(path) in KEPT:
+      return jnp.array(rng.normal(size=w.shape), w.dtype)
+    inputs, outputs = optim._sides(path)
+    sizes = [[n if axis - w.ndim not in skip else 1 for axis, n in enumerate(w.shape)]
+             for skip in (inputs, outputs)]
+    row, column = (rng.uniform(0.1, 2, size) for size in sizes)
+    return jnp.array(row * column * rng.choice([-1, 1], w.shape), w.dtype)
+  first = jax.tree_util.tree_map_with_path(rank_one, weights)
+  grads = [jax.tree.map(lambda g, i=i: g * (1 + i), first) for i in range(3)]
+  got, state = run(optim.adamw(moments='factored', weight_decay=0), weights, grads, [0.1] * 3)
+  want, _ = run(optim.adamw(weight_decay=0), weights, grads, [0.1] * 3)
+  for a, b, w in zip(*map(jax.tree.leaves, (got, want, weights)), strict=True):
+    np.testing.assert_allclose(a - w, b - w, rtol=2 ** -7, atol=1e-6)  # the first is in bfloat16
+  whole = sum(w.size for w in jax.tree.leaves(weights))
+  assert sum(x.size for x in jax.tree.leaves((state[1].rows, state[1].columns))) < whole / 2
+
+
+def test_factored_second_moment_of_any_gradient(toy):
+  """rows x columns / all, of mean squares, after one step from 0, which the correction undoes."""
+  weights, grads = toy
+  updates, _ = optim._adam(0.9, 0.95, 1e-8, 'factored').update(
+    grads[0], optim._adam(0.9, 0.95, 1e-8, 'factored').init(weights))
+  g, u = (x.stacks[1].mlp.down_EFD[...] for x in (grads[0], updates))
+  square = np.square(np.float64(g))
+  v = square.mean(-1, keepdims=True) * square.mean(-2, keepdims=True) / square.mean(
+    (-1, -2), keepdims=True)
+  np.testing.assert_allclose(u, g / np.sqrt(v), rtol=1e-5)
+  np.testing.assert_allclose(updates.norm_D[...], np.sign(grads[0].norm_D[...]), rtol=1e-5)
+  zero = jax.tree.map(jnp.zeros_like, grads[0])
+  still, _ = run(optim.adamw(moments='factored', weight_decay=0), weights, [zero], [0.1])
+  assert all((a == b).all() for a, b in zip(jax.tree.leaves(still), jax.tree.leaves(weights)))
+
+
+def test_muon_is_that_of_optax_for_each_matrix_and_adam_for_the_rest(toy):
+  weights, grads = toy
+  got, _ = run(optim.muon(clip=1e9), weights, grads, [0.1] * 3)
+  adam, _ = run(optim.adamw(clip=1e9), weights, grads, [0.1] * 3)
+  matrices = {'q_DNH', 'k_DKH', 'v_DKH', 'o_NHD', 'gate_DF', 'up_DF', 'down_FD', 'gate_EDF',
+              'up_EDF', 'down_EFD'}
+  one = optax.contrib.muon(0.1, weight_decay=0.1, consistent_rms=0.2)
+  for (path, found), other, w, *g in zip(
+      jax.tree_util.tree_leaves_with_path(got), *map(jax.tree.leaves, (adam, weights, *grads))):
+    if name_of(path) not in matrices:
+      np.testing.assert_array_equal(found, other)
+      continue
+    inputs, outputs = (math.prod(w.shape[axis] for axis in side) for side in optim._sides(path))
+    for i, single in enumerate(w.reshape(-1, inputs, outputs)):
+      want, _ = run_as_is(one, single, [each.reshape(-1, inputs, outputs)[i] for each in g])
+      np.testing.assert_allclose(found.reshape(-1, inputs, outputs)[i], want, atol=2e-5)
+
+
+def run_as_is(optimizer, weights, grads):
+  """As `run`, of an optimizer whose updates are added."""
+  return run(optimizer, weights, grads, [-1.0] * len(grads))
+
+
+CHOICES = [('adamw', 'bfloat16'), ('adamw', 'factored'), ('muon', 'float32'), ('muon', 'bfloat16')]
+
+
+@pytest.mark.parametrize('kind, moments', CHOICES)
+def test_state_is_cut_as_the_weights_are_and_is_resumed(toy, tmp_path, kind, moments):
+  """On a mesh as alone; saved, restored on another mesh, and continued bit by bit."""
+  weights, grads = toy
+  optimizer = optim.make(kind, 0.9, 0.95, 1e-8, 0.1, 1.0, moments)
+  want, want_state = run(optimizer, weights, grads, [1e-2] * 3)
+  mesh = alphabet.make_mesh(dict(fsdp=2, tensor=2))
+  place = lambda tree, mesh: jax.device_put(tree, alphabet.shardings(tree, mesh))
+  half, state = run(optimizer, place(weights, mesh), [place(g, mesh) for g in grads[:2]],
+                    [1e-2] * 2)
+  state = place(state, mesh)
+  held = sum(x.nbytes for x in jax.tree.leaves(state))
+  here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+  assert here < 0.6 * held
+  checkpoints = Checkpoints(tmp_path / 'checkpoints')
+  checkpoints.save(2, state, {}, {})
+  shapes = jax.eval_shape(optimizer.init, weights)
+  other = alphabet.make_mesh(dict(fsdp=4))
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                          alphabet.shardings(shapes, other))
+  _, restored, _ = checkpoints.restore(abstract)
+  checkpoints.close()
+  for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+  updates, _ = jax.jit(optimizer.update)(place(grads[2], other), restored, place(half, other))
+  for w, u, end in zip(*map(jax.tree.leaves, (half, updates, want)), strict=True):
+    np.testing.assert_allclose(np.asarray(w) - 1e-2 * np.asarray(u), end, atol=2e-5)
+
+
+def test_choices_that_do_not_exist_are_refused():
+  def make(kind='adamw', b1=0.9, b2=0.95, moments='float32'):
+    return optim.make(kind, b1, b2, 1e-8, 0.1, 1.0, moments)
+  with pytest.raises(ValueError, match="kind is 'lion'; want one of adamw, muon"):
+    make('lion')
+  with pytest.raises(ValueError, match="moments is 'int8'; want one of float32, bfloat16, fact"):
+    make(moments='int8')
+  with pytest.raises(ValueError, match='Muon keeps no second moment; want float32 or bfloat16'):
+    make('muon', moments='factored')
+  with pytest.raises(ValueError, match='b1 0.9 and b2 0.999 a step changes them by less than'):
+    make(b2=0.999, moments='bfloat16')
+  make(b2=0.999, moments='factored')  # its second moment is float32
 
 
 def rates(*args, at, **options):
