@@ -44,8 +44,7 @@ def _backward(inner, names, saved, dy):
 
 
 def _layout(x, w, dy, inner, names):
-  """PartitionSpecs of x, dy and w; None where w is not cut as they are, or over all of a token axis.
-  """
+  """PartitionSpecs of x, dy, w; None where an axis of w is cut neither as theirs nor as tokens."""
   if not names or alphabet.is_alone():
     return None
   mesh = jax.sharding.get_abstract_mesh()

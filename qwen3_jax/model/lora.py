@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qwen3_jax.kernels.linear import linear
 from qwen3_jax.mesh import letters
@@ -25,6 +26,7 @@ TARGETS = {  # name: (part of a block, weight, how many of its axes are inputs)
     'down': ('mlp', 'down_FD', 1)}
 TABLES = {'embed': 'embed_VD', 'head': 'head_VD'}
 OWN = ('embed_VD', 'norm_D', 'head_VD')  # parameters of a `Qwen3` outside its blocks
+PRODUCT = 'product'  # by this name a policy of recomputation keeps what a projection gives
 SAMPLES = 256  # elements of each weight that go into a fingerprint
 
 
@@ -117,7 +119,7 @@ def pair_names(weight, inner):
 
 def project(module, weight, x, inner=1):
   """x times the module's weight of that name, plus x A B where an adapter of it is attached."""
-  y = linear(x, getattr(module, weight)[...], inner, letters(weight))
+  y = checkpoint_name(linear(x, getattr(module, weight)[...], inner, letters(weight)), PRODUCT)
   pairs, (a, b) = getattr(module, 'lora', None), pair_names(weight, inner)
   if not hasattr(pairs, a):
     return y

@@ -13,6 +13,7 @@ from qwen3_jax.model import rope
 from qwen3_jax.model.attention import Attention, rms_norm
 from qwen3_jax.model.cache import Cache, Paged
 from qwen3_jax.model.fused import fuse
+from qwen3_jax.model.lora import PRODUCT
 from qwen3_jax.model.moe import Balance, Mlp, Moe
 
 UNROLLED = 8  # layers; a shorter stack is no loop (XLA:CPU runs a loop's body on one thread)
@@ -23,8 +24,7 @@ POLICIES = {  # what of a layer the backward pass finds saved beside its input
     'none': None,  # everything
     'full': _save.nothing_saveable,
     'attention_out': _save.save_only_these_names(OUT),  # what attention gives, and its projection
-    'dots': _save.save_from_both_policies(  # and every projection: no product is computed again
-        _save.dots_with_no_batch_dims_saveable, _save.save_only_these_names(OUT)),
+    'dots': _save.save_only_these_names(OUT, PRODUCT),  # and every projection: none is made again
     'offload': _save.save_and_offload_only_these_names(  # nothing, and the input is with the host
         names_which_can_be_saved=[], names_which_can_be_offloaded=['block_in'],
         offload_src='device', offload_dst='pinned_host'),

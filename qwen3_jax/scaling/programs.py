@@ -18,7 +18,8 @@ from qwen3_jax.model import lora, reward, transformer
 from qwen3_jax.model.cache import Pool, shards
 from qwen3_jax.spec import Spec
 from qwen3_jax.stages import load, pairs, pretrain
-from qwen3_jax.training import distillation, losses, optim, policy, preference
+from qwen3_jax.stages import run as stage
+from qwen3_jax.training import distillation, losses, policy, preference
 from qwen3_jax.training import step as training
 
 INTS = ('tokens_BT', 'segment_BT', 'position_BT')
@@ -123,10 +124,10 @@ def policy_loss(config):
   """The policy's loss by the config's kind, KL and entropy terms."""
   p = config.policy
   settings = policy.Policy(p.kind, beta=p.beta, entropy=p.entropy, temperature=p.temperature)
-  dtype = jnp.dtype(config.dtype)
+  dtype, cast = jnp.dtype(config.dtype), stage.make_cast(config)
 
   def loss(params, batch):
-    return policy.loss(transformer.cast(params, dtype), batch, settings, remat=config.remat,
+    return policy.loss(cast(params), batch, settings, remat=config.remat,
                        dtype=dtype)
   return loss
 
@@ -134,7 +135,8 @@ def policy_loss(config):
 def update(config, spec, mesh, loss, batch, frozen=(), report=losses.report, make=transformer.make):
   """The training step: gradients, their norm, the optimizer; the state is given away and comes
   back. With `config.lora.rank` adapters alone are trained, the model lies frozen beside them."""
-  optimizer, flops = optim.adamw(), spec.flops_per_token(config.data.length)
+  optimizer = stage.make_optimizer(config.optim)
+  flops = spec.flops_per_token(config.data.length)
   build, parts = functools.partial(make, spec), {}
   if config.lora.rank is not None:
     base = weights_in(config, spec, mesh, make)
@@ -199,13 +201,13 @@ def preferred(config, spec, mesh):
 
 def distilled(config, spec, other, mesh):
   """The update of on-policy distillation, on the teacher's hidden states."""
-  dtype = jnp.dtype(config.dtype)
+  dtype, cast = jnp.dtype(config.dtype), stage.make_cast(config)
   batch = batch_of(config, ('weight_BT',))
   batch['teacher_BTD'] = jax.ShapeDtypeStruct((*batch['tokens_BT'].shape, other.width), dtype)
   head = abstract(dict(head_VD=jax.ShapeDtypeStruct((other.vocab, other.width), dtype)), mesh)
 
   def loss(params, batch, head_VD):
-    return distillation.loss(transformer.cast(params, dtype), batch, head_VD,
+    return distillation.loss(cast(params), batch, head_VD,
                              settings=distillation.Distillation(), remat=config.remat, dtype=dtype)
   return update(config, spec, mesh, loss, batch, (head['head_VD'],), distillation.report)
 
