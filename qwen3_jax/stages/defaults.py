@@ -46,8 +46,8 @@ def pretraining(stage, arg, tokens):
       dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', micro_batches=1,
       xla=None,  # a preset of TPU compiler flags: scaling.flags
       # The type in which a device sends its share of a matrix's gradient; shares are added in
-      # float32. In bfloat16 the sum is off by at most 2^-8 of the sum of the shares' absolute values; where
-      # each has noise of its own, by at most 2^-8 of the sum's.
+      # float32. In bfloat16 the sum is off by at most 2^-8 of the sum of the shares' absolute
+      # values; where each has noise of its own, by at most 2^-8 of the sum's.
       gradients='float32' if small else 'bfloat16',
       balance=0.008 if spec.experts else None,  # global-batch weight (2501.11873): HF's 0.001 x 8
       router_z=0.001 if spec.experts else None,
