@@ -3,7 +3,7 @@
 A token is sent once to every device that has experts of its choice, runs through these, and comes
 back once, as their weighted sum; its own device adds up what comes back. Tokens go block after
 block, in turns: from one device to another a turn takes at most `Sizes.rows` of a block's tokens
-with at most `Sizes.choices` choices, a quarter more than if all experts were chosen alike often.
+with at most `Sizes.choices` choices, a fifth more than if all experts were chosen alike often.
 What does not fit goes in further turns of the same block: no buffer grows with the routing, and no
 token is lost. On TPU only rows with a token travel (`ragged_all_to_all`); elsewhere whole buffers.
 
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from qwen3_jax.kernels import experts as kernel
 from qwen3_jax.kernels import target
 
-SLACK = 1.25  # room of a turn, by what it takes if all experts are chosen alike often
 ROWS = 8192  # most rows that a device receives in a turn
 
 
@@ -48,7 +47,7 @@ def choose(M, X, ways, gate_EDF, dtype):
   block, reached = M, 1 - (1 - 1 / ways) ** X
 
   def room(count, most):
-    return min(most, -(-int(SLACK * count) // 8) * 8)
+    return min(most, -(-int(kernel.SLACK * count) // 8) * 8)
   while True:
     rows = room(reached * block, block)
     choices = max(X, room(X / ways * block, rows * X))

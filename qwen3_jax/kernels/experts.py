@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from qwen3_jax.kernels import dispatch, grouped_gradient, grouped_matmul, target
 
 ROWS = 64  # rows of one CPU block in training; small batches use smaller ones
+SLACK = 1.2  # a limit's rows by those of an even routing
 UNROLL = 8  # blocks in one turn of the loop: what does not depend on each other runs at once
 
 
@@ -20,7 +21,7 @@ def experts(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, limit=None):
   """sum over the chosen experts of gate * SwiGLU expert(x); (M, D). No token is ever dropped.
 
   A token's chosen experts are different. With `limit`, ids that are no expert's (E, for example)
-  cost nothing, and there are at most `limit` others.
+  cost nothing, and there are at most `limit` others, SLACK times as many as are expected.
   """
   args = x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD
   if target.platform() == 'tpu':
@@ -78,14 +79,18 @@ def _grouped_forward(x_MD, chosen_MX, gate_MX, gate_EDF, up_EDF, down_EFD, limit
   slot_P, row_MX, count_E, _ = plan(chosen_MX, len(gate_EDF), grouped_matmul.ALIGN, limit)
   weight_P = jnp.take(gate_MX.reshape(-1), slot_P, mode='fill', fill_value=0)
   out = grouped_matmul.swiglu_down(x_MD, slot_P // chosen_MX.shape[1], weight_P, count_E, *weights,
-                                   save=save)
+                                   save=save, load=_expected(limit))
   y_MD, *saved = out if save else (out,)
   return y_MD, (x_MD, gate_MX, slot_P, row_MX, count_E, *weights, *saved)
 
 
 def _grouped_backward(limit, saved, dy_MD):
-  dx_MD, dgate_MX, *weights = grouped_gradient.backward(saved, dy_MD, spare=limit is not None)
+  dx_MD, dgate_MX, *weights = grouped_gradient.backward(saved, dy_MD, load=_expected(limit))
   return dx_MD, None, dgate_MX, *weights
+
+
+def _expected(limit):
+  return None if limit is None else int(limit / SLACK)
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)

@@ -39,12 +39,12 @@ class Blocks(NamedTuple):
   inputs: int  # parts of D in the pass for dx
 
 
-def backward(residuals, dy_MD, *, spare=False, blocks=None, interpret=None):
+def backward(residuals, dy_MD, *, load=None, blocks=None, interpret=None):
   """(dx_MD, dgate_MX, dgate_EDF, dup_EDF, ddown_EFD) from the forward pass's residuals.
 
   These are x_MD, gate_MX, the plan's slot_P, row_MX and count_E for groups of whole ALIGN rows, the
-  three weights, and g_PF and u_PF, which may be anything after the last group. With `spare`, the
-  last row is no group's but that of choices which are no expert's.
+  three weights, and g_PF and u_PF, which may be anything after the last group. With `load`, of how
+  many rows are expected to be some token's, the last is that of choices which are no expert's.
   """
   x_MD, gate_MX, slot_P, row_MX, count_E, *weights, g_PF, u_PF = residuals
   fill = dict(axis=0, mode='fill', fill_value=0)
@@ -52,8 +52,8 @@ def backward(residuals, dy_MD, *, spare=False, blocks=None, interpret=None):
   weight_P = jnp.take(gate_MX.reshape(-1).astype(jnp.float32), slot_P, **fill)
   dx_PD, dweight_P, *dweights = rows_gradient(
       jnp.take(x_MD, token_P, **fill), jnp.take(dy_MD, token_P, **fill), g_PF, u_PF, weight_P,
-      count_E, *weights, blocks=blocks, interpret=interpret)
-  if spare:
+      count_E, *weights, load=load, blocks=blocks, interpret=interpret)
+  if load is not None:
     dweight_P = dweight_P.at[-1].set(0)
     dx_MD = row_sum.sum_rows(dx_PD, token_P, len(x_MD), interpret)
   else:
@@ -62,7 +62,7 @@ def backward(residuals, dy_MD, *, spare=False, blocks=None, interpret=None):
 
 
 def rows_gradient(x_PD, dy_PD, g_PF, u_PF, weight_P, count_E, gate_EDF, up_EDF, down_EFD, *,
-                  blocks=None, interpret=None):
+                  load=None, blocks=None, interpret=None):
   """(dx_PD, dweight_P float32, dgate_EDF, dup_EDF, ddown_EFD) of rows sorted by expert.
 
   Expert e has the rows from sum_{i<e} ceil(count_i / ALIGN) * ALIGN; after the last group x and dy
@@ -72,13 +72,15 @@ def rows_gradient(x_PD, dy_PD, g_PF, u_PF, weight_P, count_E, gate_EDF, up_EDF, 
   interpret = target.platform() != 'tpu' if interpret is None else interpret
   blocks = choose(P, D, F, E, x_PD.dtype) if blocks is None else blocks
   check(P, D, F, x_PD.dtype, blocks)
+  load = P if load is None else load + E * ALIGN // 2
   rows_E = -(-count_E // ALIGN) * ALIGN
   scalars = (rows_E, _following(rows_E), jnp.cumsum(rows_E) - rows_E)
   scalars = tuple(s.astype(jnp.int32) for s in scalars)
   dx_PD, dg_PF, du_PF, dweight_P, *weights = _weights_gradient(
-      scalars, x_PD, dy_PD, g_PF, u_PF, weight_P, gate_EDF, up_EDF, down_EFD, blocks, interpret)
+      scalars, x_PD, dy_PD, g_PF, u_PF, weight_P, gate_EDF, up_EDF, down_EFD, load, blocks,
+      interpret)
   if blocks.splits > 1:
-    dx_PD = _inputs_gradient(scalars, dg_PF, du_PF, gate_EDF, up_EDF, blocks, interpret)
+    dx_PD = _inputs_gradient(scalars, dg_PF, du_PF, gate_EDF, up_EDF, load, blocks, interpret)
   return dx_PD, dweight_P, *weights
 
 
@@ -341,7 +343,7 @@ def _tile_gradient(refs, blocks, slot, rows, first, h):
 
 
 def _weights_gradient(scalars, x_PD, dy_PD, g_PF, u_PF, weight_P, gate_EDF, up_EDF, down_EFD,
-                      blocks, interpret):
+                      load, blocks, interpret):
   """(dx_PD or None, dg_PF and du_PF or None, dweight_P, the three weights' gradients)."""
   P, D = x_PD.shape
   E, F = down_EFD.shape[:2]
@@ -370,8 +372,8 @@ def _weights_gradient(scalars, x_PD, dy_PD, g_PF, u_PF, weight_P, gate_EDF, up_E
       out_shape=[S((blocks.splits, P, 1), jnp.float32), *(S((P, n), dtype) for n in out_rows),
                  *(S(w.shape, w.dtype) for w in (gate_EDF, up_EDF, down_EFD))],
       compiler_params=_params(), name='experts_backward', interpret=interpret,
-      cost_estimate=cost((12 if whole else 8) * P * D * F, (
-        x_PD, dy_PD, g_PF, u_PF, *weights, gate_EDF, up_EDF, down_EFD), P * F),
+      cost_estimate=cost((12 if whole else 8) * load * D * F, (
+        x_PD, dy_PD, g_PF, u_PF, *weights, gate_EDF, up_EDF, down_EFD), load * F),
   )(*scalars, x_PD, dy_PD, g_PF, u_PF, weight_P[:, None], *weights)
   outs = [outs[0], None, None, *outs[1:]] if whole else [None, *outs]
   return *outs[:3], dweight.sum(0)[:, 0], *outs[3:]
@@ -409,7 +411,7 @@ def _inputs_kernel(rows_E, after_E, start_E, dg_hbm, du_hbm, gate_ref, up_ref, d
   _visit_tiles(rows_E, after_E, start_E, state, blocks, load, store, visit)
 
 
-def _inputs_gradient(scalars, dg_PF, du_PF, gate_EDF, up_EDF, blocks, interpret):
+def _inputs_gradient(scalars, dg_PF, du_PF, gate_EDF, up_EDF, load, blocks, interpret):
   """dx_PD of the rows."""
   (P, F), dtype, (E, D, _) = dg_PF.shape, dg_PF.dtype, gate_EDF.shape
   tile, part, VMEM = blocks.heights[-1], D // blocks.inputs, pltpu.VMEM
@@ -425,7 +427,7 @@ def _inputs_gradient(scalars, dg_PF, du_PF, gate_EDF, up_EDF, blocks, interpret)
           out_specs=hbm, scratch_shapes=scratch),
       out_shape=jax.ShapeDtypeStruct((P, D), dtype), compiler_params=_params(),
       name='experts_backward_inputs', interpret=interpret,
-      cost_estimate=cost(4 * P * D * F, (dg_PF, du_PF, gate_EDF, up_EDF)),
+      cost_estimate=cost(4 * load * D * F, (dg_PF, du_PF, gate_EDF, up_EDF)),
   )(*scalars, dg_PF, du_PF, gate_EDF, up_EDF)
 
 

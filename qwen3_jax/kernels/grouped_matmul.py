@@ -23,7 +23,7 @@ from qwen3_jax.kernels.cost import cost
 TAIL = 128  # rows of a product whose sums wait for the next tile
 DEPTH = 256  # of D in one product
 ALIGN = 64  # rows; every expert's group begins and ends at a multiple of it
-SPARE = 4 << 20  # bytes of VMEM left to the compiler
+SPARE = 5 << 20  # bytes of VMEM left to the compiler
 
 
 class Blocks(NamedTuple):
@@ -44,12 +44,13 @@ class Groups(NamedTuple):
 
 
 def swiglu_down(x_MD, token_P, weight_P, count_E, gate_EDF, up_EDF, down_EFD, *, save=False,
-                blocks=None, interpret=None):
+                load=None, blocks=None, interpret=None):
   """sum over a token's rows of weight * down(silu(gate x) * up x): (M, D), or (y_MD, g_PF, u_PF).
 
   Expert e has the rows from sum_{i<e} ceil(count_i / ALIGN) * ALIGN; `token_P` (M where a row is
   padding) and `weight_P` (float32) describe them. A token's rows are different experts'. With
-  `save`, also x gate and x up of all rows, undefined after the last group.
+  `save`, also x gate and x up of all rows, undefined after the last group. `load`: how many of the
+  rows are expected to be some token's, for estimates; by default all.
   """
   M, D = x_MD.shape
   E, _, F = gate_EDF.shape
@@ -58,11 +59,12 @@ def swiglu_down(x_MD, token_P, weight_P, count_E, gate_EDF, up_EDF, down_EFD, *,
     blocks = Blocks() if interpret else choose(M, D, F, E, x_MD.dtype, save)
   check(M, D, F, x_MD.dtype, blocks, save, interpret)
   groups = _groups(count_E)
+  load = len(token_P) if load is None else load + E * ALIGN // 2
   x_MD = jnp.pad(x_MD, ((0, -M % rows.PIECE), (0, 0)))
   token_P = jnp.where(token_P < M, token_P, len(x_MD)).astype(jnp.int32)
-  h_PF, *saved = _gate_up(x_MD, token_P, weight_P, groups, gate_EDF, up_EDF, blocks, save,
+  h_PF, *saved = _gate_up(x_MD, token_P, weight_P, groups, gate_EDF, up_EDF, load, blocks, save,
                           interpret)
-  y_MD = _down(h_PF, len(x_MD), token_P, groups, down_EFD, blocks, interpret)[:M]
+  y_MD = _down(h_PF, len(x_MD), token_P, groups, down_EFD, load, blocks, interpret)[:M]
   return (y_MD, *saved) if save else y_MD
 
 
@@ -230,7 +232,7 @@ def _share(count, turns):
   return list(zip([0, *ends], ends))
 
 
-def _gate_up(x_MD, token_P, weight_P, groups, gate_EDF, up_EDF, blocks, save, interpret):
+def _gate_up(x_MD, token_P, weight_P, groups, gate_EDF, up_EDF, load, blocks, save, interpret):
   (M, D), dtype, P = x_MD.shape, x_MD.dtype, len(token_P)
   E, _, F = gate_EDF.shape
   part, height, n = F // blocks.gate_splits, blocks.gate_heights[-1], 3 if save else 1
@@ -253,14 +255,14 @@ def _gate_up(x_MD, token_P, weight_P, groups, gate_EDF, up_EDF, blocks, save, in
           out_specs=[hbm] * n, scratch_shapes=scratch),
       out_shape=[jax.ShapeDtypeStruct((P + more, F), dtype)] * n,
       compiler_params=_params(), name='experts_gate_up', interpret=interpret,
-      cost_estimate=cost(4 * P * D * F, (x_MD, gate_EDF, up_EDF), P * F),
+      cost_estimate=cost(4 * load * D * F, (x_MD, gate_EDF, up_EDF), load * F),
   )(place_P, groups.start_E, groups.rows_E, x_MD,
     weight_P.reshape(-1, ALIGN).astype(jnp.float32), gate_EDF, up_EDF)
 
 
 def _params():
   return pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'),
-                              vmem_limit_bytes=target.vmem() - SPARE // 2)
+                              vmem_limit_bytes=target.vmem() - (2 << 20))
 
 
 def _down_kernel(place_s, start_s, rows_s, after_s, h_hbm, down_ref, out_hbm, total, even, odd,
@@ -363,7 +365,7 @@ def _blank(tile, live, heights):
   jax.lax.fori_loop(0, (h - live) // ALIGN, turn, 0)
 
 
-def _down(h_PF, M, token_P, groups, down_EFD, blocks, interpret):
+def _down(h_PF, M, token_P, groups, down_EFD, load, blocks, interpret):
   dtype = h_PF.dtype
   E, F, D = down_EFD.shape
   part, height = D // blocks.down_splits, blocks.down_heights[-1]
@@ -384,5 +386,5 @@ def _down(h_PF, M, token_P, groups, down_EFD, blocks, interpret):
           out_specs=hbm, scratch_shapes=scratch),
       out_shape=jax.ShapeDtypeStruct((M, D), dtype),
       compiler_params=_params(), name='experts_down', interpret=interpret,
-      cost_estimate=cost(2 * h_PF.size * D, (h_PF, down_EFD)),
+      cost_estimate=cost(2 * load * F * D, (h_PF, down_EFD)),
   )(place_P, *groups, h_PF, down_EFD)

@@ -215,8 +215,10 @@ def test_a_penalty_knows_what_earlier_calls_drew(model, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('paged', [False, True])
-def test_sharded_like_training(tokenizer, paged):
+@pytest.mark.parametrize('paged, shape', [
+    (False, dict(fsdp=2, tensor=2)), (True, dict(fsdp=2, tensor=2)),
+    (True, dict(expert=2, fsdp=1, tensor=2))], ids=str)
+def test_sharded_like_training(tokenizer, paged, shape):
   """Two shards of rows and pages, heads split in two; the model's arrays are used as they are."""
   spec = Spec(2, 32, 4, 2, 64, vocab=512, head_width=16, experts=4, chosen=2, expert_mlp=32)
   model = jax.tree.map(lambda w: w * 2, transformer.init(spec))
@@ -224,7 +226,7 @@ def test_sharded_like_training(tokenizer, paged):
   requests = group(PROMPTS, 3, dataclasses.replace(HOT, stop_ids=stop, max_tokens=24))
   options = dict(rows=8, page=4, chunk=8, paged=paged, with_routes=True)
   want = Engine(model, tokenizer, **options).run(requests, talk(stop, 1))
-  mesh = make_mesh(dict(fsdp=2, tensor=2))
+  mesh = make_mesh(shape)
   with jax.set_mesh(mesh):
     placed = jax.device_put(model, shardings(model, mesh))
     engine = Engine(placed, tokenizer, pages=60, **options)
