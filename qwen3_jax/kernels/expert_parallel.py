@@ -10,6 +10,7 @@ token is lost. On TPU only rows with a token travel (`ragged_all_to_all`); elsew
 The backward pass sends tokens again, and their gradients: nothing is kept but the inputs.
 """
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -47,7 +48,7 @@ def choose(M, X, ways, gate_EDF, dtype):
   block, reached = M, 1 - (1 - 1 / ways) ** X
 
   def room(count, most):
-    return min(most, -(-int(kernel.SLACK * count) // 8) * 8)
+    return min(most, math.ceil(kernel.SLACK * count / 8) * 8)
   while True:
     rows = room(reached * block, block)
     choices = max(X, room(X / ways * block, rows * X))

@@ -88,6 +88,13 @@ def test_buffers_do_not_grow_with_the_routing():
   assert sizes.leaving == round(3 * (1 - .75 ** 8) * sizes.block)
 
 
+def test_one_token():
+  """As in decoding: every device has one, on a mesh where a turn's fair share is less than one."""
+  chosen, arrays = make('one hot device')
+  chosen, *arrays = (a[:, :1] if a.shape[:2] == (B, T) else a for a in (chosen, *arrays))
+  compare(run_sharded(MESHES[0], chosen, arrays), value_and_gradients(meaning, chosen, *arrays))
+
+
 def test_turns_are_as_many_as_the_routing_needs():
   mesh = alphabet.make_mesh(dict(expert=4, fsdp=1))
   sizes = expert_parallel.Sizes(block=16, rows=6, choices=8, leaving=0)
