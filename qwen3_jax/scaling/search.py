@@ -17,6 +17,7 @@ from qwen3_jax.stages import load
 AGAIN = {'full': 8 / 6, 'attention_out': 1.3, 'dots': 1.04, 'none': 1.0}
 # libtpu 0.0.50 took 56 and 104 GiB for 0.6b without recomputation, arithmetic 42 and 79.
 SEEN = {'none': 1.35}
+WHOLE = {'full': 1, 'attention_out': 2, 'dots': 3, 'none': 5}  # arrays kept of the model's width
 SPARE = 0.9  # of the room: what arithmetic does not see
 MOST = 16  # ways to split experts, so that a token's copies go to few places
 
@@ -97,12 +98,21 @@ def bytes_of(spec, config, rows, mesh, remat, count):
 
   Slices each have all weights.
   """
-  activations = SEEN.get(remat, 1) * sum(memory.activations(
-    spec, rows * config.data.length // mesh['context'], remat=remat).values())
+  activations = SEEN.get(remat, 1) * activations_of(
+    spec, rows * config.data.length // mesh['context'], remat, mesh['tensor'])
   dense, routed = weights_of(spec)
   gathered = 4 * 2 / spec.layers * (dense + routed / mesh.get('expert', 1)) / mesh['tensor']
-  return (16 * spec.parameters() * mesh['data'] / count + activations / mesh['tensor']
-          + gathered)  # two layers' weights, twice
+  return 16 * spec.parameters() * mesh['data'] / count + activations + gathered  # two layers, twice
+
+
+def activations_of(spec, tokens, remat, tensor):
+  """Bytes of what a step on so many tokens keeps and computes; what has the model's width lies on
+  every part of a tensor axis, the rest is split."""
+  parts = memory.activations(spec, tokens, remat=remat)
+  layer, kept = memory.layer_sizes(spec, remat)
+  shares = {'saved activations': WHOLE[remat] * spec.width / kept,
+            'one layer': (4 + 2 * (spec.chosen or 0)) * spec.width / layer, 'head': 0}
+  return sum(size * (shares[part] + (1 - shares[part]) / tensor) for part, size in parts.items())
 
 
 def weights_of(spec):

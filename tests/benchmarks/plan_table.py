@@ -7,6 +7,7 @@ Nothing runs on a TPU.
   python tests/benchmarks/plan_table.py --write
 """
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -54,6 +55,8 @@ def row(size, generation):
   """A line: the smallest slice that fits, and what it takes."""
   config = configs.load_config(f'configs/s1.py:{size}')
   topology, choice = smallest(config, generation)
+  if choice is None:
+    return f'| {size} | no slice of {generation}: take several, or another chip | | | | | |'
   hbm, seconds, mark = choice.bytes, choice.seconds, ''
   if (size, generation) in COMPILED:
     (found,) = plan.run(choice.apply(config), topology, say=say,
@@ -69,13 +72,14 @@ def row(size, generation):
 
 
 def smallest(config, generation):
-  """(topology, the best Choice) of the slice with the fewest chips on which anything fits."""
+  """(topology, the best Choice) of the slice with the fewest chips on which anything fits; or None.
+  """
   known = shapes.GENERATIONS[generation]
-  for shape in (*known.hosts, *known.shapes):
+  for shape in sorted((*known.hosts, *known.shapes), key=math.prod):
     topology = f'{generation}:{"x".join(map(str, shape))}'
     if found := search.candidates(config, topology, chips.count(topology)):
       return topology, found[0]
-  raise ValueError(f'nothing fits any slice of {generation}')
+  return None, None
 
 
 def say(text):

@@ -129,3 +129,14 @@ def test_experts_are_split_where_that_moves_less():
 def configs_spec(size):
   from qwen3_jax.spec import Spec
   return Spec.named(size)
+
+
+@pytest.mark.parametrize('remat', search.WHOLE)
+def test_a_tensor_axis_splits_what_has_not_the_models_width(remat):
+  from qwen3_jax.scaling import memory
+  spec = configs_spec('8b')
+  whole, half = (search.activations_of(spec, 8192, remat, tensor) for tensor in (1, 2))
+  assert whole == sum(memory.activations(spec, 8192, remat=remat).values())
+  assert 0.5 * whole < half < whole
+  residual = 8192 * 2 * spec.layers * spec.width  # of every layer's input nothing is split
+  assert search.activations_of(spec, 8192, remat, 1e9) > residual
