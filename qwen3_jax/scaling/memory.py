@@ -38,6 +38,12 @@ def training(spec, rows, length, dtype=jnp.bfloat16, remat='full', rank=None):
     spec, rows * length, jnp.dtype(dtype).itemsize, remat, rank is not None)
 
 
+def state(kind, moments):
+  """Bytes of a trained parameter: its weight and gradient in float32, and what the optimizer keeps
+  (of Adam's moments, where factored, the first in bfloat16)."""
+  return 8 + {'float32': 8, 'bfloat16': 4, 'factored': 2}[moments] // (2 if kind == 'muon' else 1)
+
+
 def activations(spec, tokens, itemsize=2, remat='full', frozen=False):
   """{part: bytes} of what a step on `tokens` tokens at once makes beside weights and gradients."""
   layer, kept = layer_sizes(spec, remat)
@@ -71,8 +77,8 @@ def layer_sizes(spec, remat):
   if spec.experts:  # each chosen expert has a copy of the token, and an answer
     F, experts = spec.chosen * spec.expert_mlp, 2 * spec.chosen * D
   layer = 4 * D + 2 * heads + kv + 3 * F + experts
-  kept = {'full': D, 'attention_out': 2 * D, 'none': D + layer,
-          'dots': 3 * D + heads + kv + 2 * F}
+  kept = {'full': D, 'offload': 0, 'attention_out': 2 * D + heads, 'none': D + layer,
+          'dots': 3 * D + 2 * heads + kv + 2 * F}
   return layer, kept[remat]
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from qwen3_jax import mesh as alphabet
-from qwen3_jax.scaling import chips, kernel_calls, programs, traffic, verdict, work
+from qwen3_jax.scaling import chips, kernel_calls, memory, programs, traffic, verdict, work
 from qwen3_jax.stages import load, placement
 
 GIB = 2 ** 30
@@ -91,12 +91,13 @@ def get_devices(topology, slices=1):
 def check(config, topology, count):
   """ValueError, in seconds and without a compiler, for what can never fit `count` devices.
 
-  The float32 weights, Adam's moments and a gradient of each must lie somewhere.
+  The float32 weights, what the optimizer keeps and a gradient of each must lie somewhere.
   """
   _, chip = chips.find(topology)
   spec = load.spec_from(config.model)
   adapted = config.lora.rank is not None
-  least = spec.parameters() * (2 if adapted else 16) / count
+  trained = memory.state(config.optim.kind, config.optim.moments)
+  least = spec.parameters() * (2 if adapted else trained) / count
   room = chip.usable / chip.devices
   if least > room:
     what, more = ('weights', '') if adapted else (

@@ -12,12 +12,13 @@ from qwen3_jax.model import transformer
 from qwen3_jax.scaling import chips, memory
 from qwen3_jax.stages import load
 
-# Executed by useful FLOPs of a step, by what is computed again: all of the forward pass (8 of 6),
-# all but attention, next to nothing.
-AGAIN = {'full': 8 / 6, 'attention_out': 1.3, 'dots': 1.04, 'none': 1.0}
+# Executed by useful FLOPs of a step, by what is computed again: the forward pass, all of it but
+# attention, next to nothing. As compiled for 8b.
+AGAIN = {'full': 1 / 0.8, 'offload': 1 / 0.8, 'attention_out': 1 / 0.85, 'dots': 1.02, 'none': 1.0}
 # libtpu 0.0.50 took 56 and 104 GiB for 0.6b without recomputation, arithmetic 42 and 79.
 SEEN = {'none': 1.35}
-WHOLE = {'full': 1, 'attention_out': 2, 'dots': 3, 'none': 5}  # arrays kept of the model's width
+# Arrays kept of the model's width.
+WHOLE = {'full': 1, 'offload': 0, 'attention_out': 2, 'dots': 3, 'none': 5}
 SPARE = 0.9  # of the room: what arithmetic does not see
 MOST = 16  # ways to split experts, so that a token's copies go to few places
 
@@ -102,7 +103,8 @@ def bytes_of(spec, config, rows, mesh, remat, count):
     spec, rows * config.data.length // mesh['context'], remat, mesh['tensor'])
   dense, routed = weights_of(spec)
   gathered = 4 * 2 / spec.layers * (dense + routed / mesh.get('expert', 1)) / mesh['tensor']
-  return 16 * spec.parameters() * mesh['data'] / count + activations + gathered  # two layers, twice
+  trained = memory.state(config.optim.kind, config.optim.moments) * spec.parameters()
+  return trained * mesh['data'] / count + activations + gathered  # of two layers, twice
 
 
 def activations_of(spec, tokens, remat, tensor):
@@ -110,7 +112,7 @@ def activations_of(spec, tokens, remat, tensor):
   every part of a tensor axis, the rest is split."""
   parts = memory.activations(spec, tokens, remat=remat)
   layer, kept = memory.layer_sizes(spec, remat)
-  shares = {'saved activations': WHOLE[remat] * spec.width / kept,
+  shares = {'saved activations': WHOLE[remat] * spec.width / max(kept, 1),
             'one layer': (4 + 2 * (spec.chosen or 0)) * spec.width / layer, 'head': 0}
   return sum(size * (shares[part] + (1 - shares[part]) / tensor) for part, size in parts.items())
 

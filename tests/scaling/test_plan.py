@@ -129,3 +129,11 @@ def test_slices_reduce_within_each_before_they_meet(capsys):
   assert 0.8 * shard < crossing < 4 * shard
   assert update['dcn_s'] == pytest.approx(crossing / chips.CHIPS['v5e'].dcn)
   assert {each['axes'] for each in update['wire']} <= {'fsdp', 'slices', 'none', 'permute'}
+
+
+def test_smaller_moments_need_fewer_chips():
+  config = configs.load_config('configs/s1.py:235b-a22b', ['--config.optim.moments=bfloat16'])
+  with pytest.raises(ValueError, match='Take at least') as e:
+    plan.check(config, 'v5p:2x2x1', 4)
+  least = int(str(e.value).split('at least ')[1].split()[0])
+  assert least * chips.CHIPS['v5p'].usable >= 12 * 235e9 > (least - 1) * chips.CHIPS['v5p'].usable

@@ -138,5 +138,6 @@ def test_a_tensor_axis_splits_what_has_not_the_models_width(remat):
   whole, half = (search.activations_of(spec, 8192, remat, tensor) for tensor in (1, 2))
   assert whole == sum(memory.activations(spec, 8192, remat=remat).values())
   assert 0.5 * whole < half < whole
-  residual = 8192 * 2 * spec.layers * spec.width  # of every layer's input nothing is split
-  assert search.activations_of(spec, 8192, remat, 1e9) > residual
+  if remat != 'offload':
+    residual = 8192 * 2 * spec.layers * spec.width  # of every layer's input nothing is split
+    assert search.activations_of(spec, 8192, remat, 1e9) > residual
