@@ -5,7 +5,8 @@ named, by libtpu 0.0.50.1 (`tests/scaling/test_flags.py`); whether it makes a st
 can tell. Sources: MaxText's benchmarks/xla_flags_library.py of 2025-26 (AI-Hypercomputer/maxtext on
 GitHub), and for tpu7x Google's training recipe of qwen3-235b-a22b (AI-Hypercomputer/tpu-recipes,
 training/ironwood). What they publish and this compiler refuses is not here: the asynchronous
-collective fusions on v5p and v6e ("FAILED_PRECONDITION"), which are v5e's alone.
+collective fusions on v5p and v6e ("FAILED_PRECONDITION"), which are v5e's alone, and the sparse
+cores' 2a886c8_chip_config_name=megachip_tccontrol ("unknown command line flag").
 """
 import os
 from typing import NamedTuple
@@ -25,8 +26,7 @@ _FUSION = ('xla_tpu_enable_async_collective_fusion=true',
            'xla_tpu_overlap_compute_collective_tc=true')
 _SPARSECORE = ('xla_sc_disable_megacore_partitioning=true',
                'xla_tpu_use_tc_device_shape_on_sc=true',
-               'xla_sc_enable_instruction_fusion=false', 'xla_sc_disjoint_spmem=false',
-               '2a886c8_chip_config_name=megachip_tccontrol')
+               'xla_sc_enable_instruction_fusion=false', 'xla_sc_disjoint_spmem=false')
 
 PRESETS = {
   'fuse_gathers': Preset(
