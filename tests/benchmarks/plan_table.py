@@ -25,7 +25,7 @@ README = REPO / 'launch/README.md'
 BEGIN, END = '<!-- plans -->', '<!-- end of plans -->'
 SIZES = '0.6b', '1.7b', '4b', '8b', '14b', '32b', '30b-a3b', '235b-a22b'
 GENERATIONS = 'v5e', 'v5p', 'v6e'
-COMPILED = ('0.6b', 'v5e'), ('1.7b', 'v5e'), ('1.7b', 'v6e'), ('8b', 'v5p')
+COMPILED = ('0.6b', 'v5e'), ('1.7b', 'v6e')
 
 
 def main():
