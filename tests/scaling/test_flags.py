@@ -46,7 +46,8 @@ def test_the_compiler_takes_it(name, generation, tmp_path):
   pytest.importorskip('libtpu', reason='LIBTPU ABSENT: pip install jax[tpu] brings the compiler')
   done = subprocess.run(
     [sys.executable, '-m', 'qwen3_jax', 'plan', '--config=configs/s1.py:tiny', '--json',
-     f'--topology={TOPOLOGY[generation]}', f'--config.xla={name}', '--config.model.layers=2'],
+     f'--topology={TOPOLOGY[generation]}', f'--config.xla={name}', '--config.model.layers=2',
+     '--config.data.batch=8'],
     env=os.environ | {'QWEN3_JAX_CACHE': str(tmp_path), 'LIBTPU_INIT_ARGS': ''},
     capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
