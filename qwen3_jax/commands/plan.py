@@ -72,7 +72,7 @@ def main(args):
       budget = config.steps * rows if config.steps and each.name == 'update' else None
       print('\n'.join(describe.describe(each, chip, budget, devices, args.price)))
     if not found[0].fits and config.method in ('pretrain', 'sft') and config.lora.rank is None:
-      print('  ' + search.advise(config, args.topology, devices, args.slices))
+      print('  ' + search.advise(config, args.topology, devices, args.slices, found[0]))
     print(f'\n{describe.ASSUMED}')
   return 0 if all(each.fits for each in found) else NO_ROOM
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from qwen3_jax.scaling import traffic
 
 TABLE = Path(__file__).with_name('kernel_times.json')
+_NAME = re.compile(r'(?:jvp_|transpose_|vmap_)*([a-z_]+[a-z])')  # what JAX made of it comes first
 _ARRAY = re.compile(r'\b(pred|[a-z]+\d+)\[([\d,]*)\]')
 
 
@@ -46,7 +47,7 @@ def read(text):
     if step.opcode == 'custom-call' and 'custom_call_target="tpu_custom_call"' in step.tail:
       operands = re.search(r'operand_layout_constraints=\{(.*?\})\}', step.tail)
       flops, size = (_estimate(step.tail, key) for key in ('flops', 'bytes_accessed'))
-      found.append(Call(re.match(r'[a-z_]+[a-z]', step.name)[0], shape_of(operands[1]), step.runs,
+      found.append(Call(_NAME.match(step.name)[1], shape_of(operands[1]), step.runs,
                         flops, size or sum(traffic.sizes(operands[1] + step.shape)), step.branch))
   return found
 

@@ -59,7 +59,7 @@ def candidates(config, topology, count, slices=1):
     for remat, micro in itertools.product(
         (name for name in transformer.POLICIES if name in AGAIN),
         (m for m in _powers(rows) if rows % m == 0)):
-      size = bytes_of(spec, config, rows // micro, mesh, remat, count)
+      size = bytes_of(spec, config, rows, mesh, remat, count, micro)
       if size < SPARE * room:
         seconds = seconds_of(spec, config, chip, mesh, remat, micro, count)
         given = tuple((axis, size) for axis, size in mesh.items() if axis != 'fsdp')
@@ -67,9 +67,17 @@ def candidates(config, topology, count, slices=1):
   return sorted(found, key=rank)
 
 
-def advise(config, topology, count, slices):
-  """A line: the fastest settings that fit by arithmetic, or what else to take."""
+def advise(config, topology, count, slices, estimate):
+  """A line: the fastest settings that fit by arithmetic, or what else to take.
+
+  Where arithmetic was wrong about the present settings, by their `estimate`, it is corrected.
+  """
+  def is_present(choice):
+    return (config.remat, config.micro_batches) == (choice.remat, choice.micro_batches) and all(
+      config.mesh[axis] in (size, None) for axis, size in choice.mesh)
   found = candidates(config, topology, count, slices)
+  tried = [(choice, estimate) for choice in found if is_present(choice)]
+  found = [choice for choice in found if is_worth(choice, tried)]
   if not found:
     return 'by arithmetic nothing fits these chips: take more, or --config.lora.rank=16'
   return (f'by arithmetic this fits, in {found[0].bytes / 2**30:.1f} GiB: '
@@ -94,17 +102,19 @@ def rank(choice):
           choice.bytes)
 
 
-def bytes_of(spec, config, rows, mesh, remat, count):
+def bytes_of(spec, config, rows, mesh, remat, count, micro=1):
   """Of one device: its share of weights, moments and gradients, and its rows' activations.
 
-  Slices each have all weights.
+  Slices each have all weights. They lie once more in bfloat16, and of several micro-batches the
+  gradients do beside their sum.
   """
   activations = SEEN.get(remat, 1) * activations_of(
-    spec, rows * config.data.length // mesh['context'], remat, mesh['tensor'])
+    spec, rows // micro * config.data.length // mesh['context'], remat, mesh['tensor'])
   dense, routed = weights_of(spec)
   gathered = 4 * 2 / spec.layers * (dense + routed / mesh.get('expert', 1)) / mesh['tensor']
-  trained = memory.state(config.optim.kind, config.optim.moments) * spec.parameters()
-  return trained * mesh['data'] / count + activations + gathered  # of two layers, twice
+  trained = 2 + 4 * (micro > 1) + memory.state(config.optim.kind, config.optim.moments)
+  # Gathered are two layers, twice.
+  return trained * spec.parameters() * mesh['data'] / count + activations + gathered
 
 
 def activations_of(spec, tokens, remat, tensor):

@@ -59,7 +59,7 @@ def test_slices_split_the_data_axis_and_pay_for_the_network():
   assert search.seconds_of(spec, one, chip, mesh, 'full', 1, 32) >= network
   single = search.bytes_of(spec, one, 1, dict(mesh, data=1, fsdp=32), 'full', 32)
   twice = search.bytes_of(spec, one, 1, mesh, 'full', 32)
-  assert twice - single == 16 * spec.parameters() / 32  # each slice has all weights
+  assert twice - single == 18 * spec.parameters() / 32  # each slice has all weights
 
 
 def test_a_choice_is_what_its_overrides_say():
@@ -108,10 +108,15 @@ def test_a_search_compiles_few_and_gives_the_fastest_that_fits_first(monkeypatch
 
 def test_advice_names_settings_that_fit():
   one = config('0.6b')
-  said = search.advise(one, 'v5e:2x2', 4, 1)
+  said = search.advise(one, 'v5e:2x2', 4, 1, Said(1000))
   best = search.candidates(one, 'v5e:2x2', 4)[0]
   assert said.endswith(' '.join(best.overrides)) and best.micro_batches > 1
-  assert 'take more' in search.advise(config('235b-a22b'), 'v5e:2x2', 4, 1)
+  present = best.apply(one)  # which did not fit after all
+  short = Said(1.01 * chips.CHIPS['v5e'].usable)
+  short.room, short.fits = chips.CHIPS['v5e'].usable, False
+  again = search.advise(present, 'v5e:2x2', 4, 1, short)
+  assert again != said and 'this fits' in again
+  assert 'take more' in search.advise(config('235b-a22b'), 'v5e:2x2', 4, 1, Said(1000))
 
 
 def test_experts_are_split_where_that_moves_less():
