@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from qwen3_jax import mesh as alphabet
 from qwen3_jax.model import transformer
-from qwen3_jax.scaling import traffic
+from qwen3_jax.scaling import traffic, work
 from qwen3_jax.spec import Spec
 from qwen3_jax.training import losses, optim
 from qwen3_jax.training import step as training
@@ -19,8 +19,8 @@ from qwen3_jax.training import step as training
 MOE = dict(experts=16, chosen=4, expert_mlp=128)
 
 
-def compile_step(topology, shape, spec, length, dtype=jnp.float32, remat='full'):
-  """(the step on 4 rows compiled, its mesh); matrices and their gradients in `dtype`."""
+def trace_step(topology, shape, spec, length, dtype=jnp.float32, remat='full'):
+  """(the step on 4 rows traced, its mesh); matrices and their gradients in `dtype`."""
   pytest.importorskip('libtpu', reason='LIBTPU ABSENT: pip install jax[tpu] brings the compiler')
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   mesh = alphabet.make_mesh(shape, devices)
@@ -40,8 +40,31 @@ def compile_step(topology, shape, spec, length, dtype=jnp.float32, remat='full')
   step = training.make_step(loss, optimizer, lambda step: 3e-4)
   out = jax.tree.map(lambda x: x.sharding, state), None
   with jax.set_mesh(mesh):
-    lowered = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch)
-    return lowered.compile(), mesh
+    return jax.jit(step, donate_argnums=0, out_shardings=out).trace(state, batch), mesh
+
+
+def compile_step(*args):
+  """`trace_step`, compiled."""
+  traced, mesh = trace_step(*args)
+  with jax.set_mesh(mesh):
+    return traced.lower().compile(), mesh
+
+
+@pytest.mark.slow
+def test_policies_compute_again_what_they_say():
+  """By hand, of 4 rows: 'full' all of a layer but the last product, 'dots' no product at all."""
+  T, spec = 1024, Spec(12, 512, 4, 2, 1024, 16384, 128, tied=True)
+  found = {remat: work.of_jaxpr(trace_step(
+    'v5p:2x2x1', dict(fsdp=4), spec, T, jnp.bfloat16, remat)[0].jaxpr.jaxpr)
+    for remat in ('none', 'dots', 'attention_out', 'full', 'offload')}
+  D, heads, kv = spec.width, spec.heads * spec.head_width, spec.kv_heads * spec.head_width
+  layer = 2 * 4 * T * spec.layers
+  assert found['dots'] == pytest.approx(found['none'], rel=0.001)  # rotations and norms
+  assert found['attention_out'] - found['dots'] == pytest.approx(
+    layer * D * (heads + 2 * kv + 2 * spec.mlp), rel=0.001)
+  attention = found['full'] - found['attention_out'] - layer * heads * D
+  assert attention == pytest.approx(layer * 2 * heads * T / 2, rel=0.3)  # blocks on the diagonal
+  assert found['offload'] == found['full']
 
 
 @pytest.mark.slow

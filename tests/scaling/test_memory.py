@@ -62,8 +62,8 @@ def test_estimate_is_near_what_xla_plans(remat):
 
 def test_less_is_kept_the_more_is_computed_again():
   kept = [memory.training(SPEC, 8, 512, remat=remat)['saved activations']
-          for remat in ('full', 'attention_out', 'dots', 'none')]
-  assert kept == sorted(kept) and len(set(kept)) == 4
+          for remat in ('offload', 'full', 'attention_out', 'dots', 'none')]
+  assert kept == sorted(kept) and len(set(kept)) == 5 and kept[0] == 0
   with pytest.raises(ValueError, match="remat is 'some'; want one of none, full"):
     memory.training(SPEC, 8, 512, remat='some')
 
