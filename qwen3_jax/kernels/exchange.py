@@ -3,6 +3,8 @@
 The sum is an exchange of parts and a local sum: of a `psum_scatter` XLA:TPU makes a whole
 all-reduce, which sends twice as much.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -30,3 +32,20 @@ def scatter_sum(x, axes, axis):
   parts = x.reshape(jax.lax.axis_size(axes), -1, *x.shape[1:])
   parts = jax.lax.all_to_all(parts, axes, 0, 0)
   return jnp.moveaxis(parts.astype(jnp.float32).sum(0), 0, axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather_weight(w, axes, axis, dtype):
+  """`gather` of a weight, in `dtype`; its gradient, of shares in `dtype`, is summed to w's type."""
+  return gather(w.astype(dtype), axes, axis)
+
+
+def _forward(w, axes, axis, dtype):
+  return gather_weight(w, axes, axis, dtype), jnp.zeros(0, w.dtype)
+
+
+def _backward(axes, axis, dtype, like, dw):
+  return scatter_sum(dw, axes, axis).astype(like.dtype),
+
+
+gather_weight.defvjp(_forward, _backward)

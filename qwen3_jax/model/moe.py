@@ -8,7 +8,7 @@ from flax import nnx, struct
 from jax.sharding import PartitionSpec
 
 from qwen3_jax import mesh as alphabet
-from qwen3_jax.kernels import expert_parallel, routing, target
+from qwen3_jax.kernels import exchange, expert_parallel, routing, target
 from qwen3_jax.kernels import experts as kernel
 from qwen3_jax.kernels.linear import swiglu
 from qwen3_jax.model.lora import project
@@ -72,7 +72,7 @@ class Moe(nnx.Module):
     return y_BTD, _balance(logits_BTE, probability_BTE, routes, context.segment_BT), routes
 
   def _experts(self, x_BTD, routes_BTX, gate_BTX):
-    weights = [w[...].astype(x_BTD.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
+    weights = [w[...] for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
     return _sharded_experts(x_BTD, routes_BTX, gate_BTX, *weights)
 
 
@@ -129,30 +129,8 @@ def _sharded_experts(x_BTD, routes_BTX, gate_BTX, gate_EDF, up_EDF, down_EFD):
       x_BTD, routes_BTX, gate_BTX, gate_EDF, up_EDF, down_EFD)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(w, axes, dim):
-  """A weight whole in its dimension `dim`."""
-  return jax.lax.all_gather(w, axes, axis=dim, tiled=True)
-
-
-def _scatter_sum(axes, dim, _, dw):
-  """Each device's part of a weight's gradient, summed over devices in float32.
-
-  As an exchange and a local sum: of a `psum_scatter` XLA:TPU makes a whole all-reduce, which sends
-  twice as much.
-  """
-  devices = math.prod(jax.lax.axis_size(axis) for axis in axes)
-  parts = dw.reshape(*dw.shape[:dim], devices, -1, *dw.shape[dim + 1:])
-  parts = jax.lax.all_to_all(jnp.moveaxis(parts, dim, 0), axes, 0, 0)
-  return parts.astype(jnp.float32).sum(0).astype(dw.dtype),
-
-
-_gather.defvjp(lambda w, axes, dim: (_gather(w, axes, dim), None), _scatter_sum)
-
-
 def _local_experts(x_BTD, routes_BTX, gate_BTX, *weights, specs):
-  def axes(entry):
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+  axes = exchange.axes_of
   run, exchanged, weights = kernel.experts, 'expert' in axes(specs[0][0]), list(weights)
   if exchanged:
     run = functools.partial(expert_parallel.experts, axis='expert')
@@ -160,7 +138,7 @@ def _local_experts(x_BTD, routes_BTX, gate_BTX, *weights, specs):
     for dim, letter in enumerate(names):
       over = tuple(axis for axis in axes(specs[i][dim]) if not (exchanged and axis == 'expert'))
       if over and letter != 'F':
-        weights[i] = _gather(weights[i], over, dim)
+        weights[i] = exchange.gather_weight(weights[i], over, dim, x_BTD.dtype)
   y_BTD = _flat_experts(run, x_BTD, routes_BTX, gate_BTX, *weights)
   width_axes = axes(specs[0][2])
   return jax.lax.psum(y_BTD, width_axes) if width_axes else y_BTD
@@ -168,4 +146,4 @@ def _local_experts(x_BTD, routes_BTX, gate_BTX, *weights, specs):
 
 def _flat_experts(run, x_BTD, routes_BTX, gate_BTX, *weights):
   flat = [x.reshape(-1, x.shape[-1]) for x in (x_BTD, routes_BTX, gate_BTX)]
-  return run(*flat, *weights).reshape(x_BTD.shape)
+  return run(*flat, *(w.astype(x_BTD.dtype) for w in weights)).reshape(x_BTD.shape)
