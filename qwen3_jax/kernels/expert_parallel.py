@@ -201,10 +201,11 @@ def _take(a, index, fill=0):
 def _send_choices(trip, chosen_LX, gate_LX, experts, axis):
   """Of each row that this device receives: which of its E experts, E where none, and gates."""
   ways, X = len(trip.send_W), chosen_LX.shape[1]
-  chosen_WCX = _take(chosen_LX, trip.token_WC, ways * experts)
-  gate_WCX = _take(gate_LX, trip.token_WC).astype(jnp.float32)
-  both = jnp.concatenate([chosen_WCX, jax.lax.bitcast_convert_type(gate_WCX, jnp.int32)], -1)
-  both = _swap(both.reshape(-1, 2 * X), ways, axis)
+  token_R = trip.token_WC.reshape(-1)
+  chosen_RX = _take(chosen_LX, token_R, ways * experts)
+  gate_RX = _take(gate_LX, token_R).astype(jnp.float32)
+  both = jnp.concatenate([chosen_RX, jax.lax.bitcast_convert_type(gate_RX, jnp.int32)], -1)
+  both = _swap(both, ways, axis)
   chosen_RX = both[:, :X] - jax.lax.axis_index(axis) * experts
   here_RX = (chosen_RX >= 0) & (chosen_RX < experts)
   return jnp.where(here_RX, chosen_RX, experts), jax.lax.bitcast_convert_type(both[:, X:],
