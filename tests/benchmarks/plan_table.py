@@ -12,20 +12,23 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= dict(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
 from launch import shapes  # noqa: E402
 from qwen3_jax.commands import compiled  # noqa: E402
 from qwen3_jax.commands import config as configs  # noqa: E402
+from qwen3_jax.commands import plan as command  # noqa: E402
+
+os.environ |= command.ALONE  # before JAX is imported
+
 from qwen3_jax.scaling import chips, describe, plan, search  # noqa: E402
 
 README = REPO / 'launch/README.md'
 BEGIN, END = '<!-- plans -->', '<!-- end of plans -->'
 SIZES = '0.6b', '1.7b', '4b', '8b', '14b', '32b', '30b-a3b', '235b-a22b'
 GENERATIONS = 'v5e', 'v5p', 'v6e'
-COMPILED = ('0.6b', 'v5e'), ('1.7b', 'v6e')
+COMPILED = ('1.7b', 'v6e'),
 
 
 def main():
