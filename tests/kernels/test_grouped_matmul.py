@@ -97,6 +97,7 @@ def test_bfloat16():
   assert np.abs(got - exact).max() <= np.abs(plain - exact).max()
 
 
+@pytest.mark.slow
 def test_huge_norms_and_overflow():
   """Finite where the meaning is; a row that is not stays with its token."""
   x, gate, *weights = make(jnp.float32)

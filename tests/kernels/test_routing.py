@@ -114,6 +114,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     dispatch.plan(jnp.zeros((4, 1), jnp.int32), 16, 1)
 
 
+@pytest.mark.slow
 def test_a_mixture_routes_by_the_kernel_on_a_mesh():
   """Each device routes its tokens; routes, gates, sums and gradients are the plain form's."""
   mesh = alphabet.make_mesh(dict(fsdp=2, tensor=2))

@@ -108,6 +108,7 @@ def test_resume_is_bit_exact(straight, overrides, tmp_path):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
 def test_on_four_devices_in_micro_batches(straight, overrides, tmp_path):
   """The same pairs, and the same losses but for rounding."""
   kind, _, want = straight

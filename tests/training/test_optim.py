@@ -163,7 +163,9 @@ def run_as_is(optimizer, weights, grads):
 CHOICES = [('adamw', 'bfloat16'), ('adamw', 'factored'), ('muon', 'float32'), ('muon', 'bfloat16')]
 
 
-@pytest.mark.parametrize('kind, moments', CHOICES)
+@pytest.mark.parametrize('kind, moments', [
+  pytest.param(*choice, marks=[pytest.mark.slow] if choice != ('adamw', 'factored') else [])
+  for choice in CHOICES])
 def test_state_is_cut_as_the_weights_are_and_is_resumed(toy, tmp_path, kind, moments):
   """On a mesh as alone; saved, restored on another mesh, and continued bit by bit."""
   weights, grads = toy
